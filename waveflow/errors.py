@@ -1,0 +1,29 @@
+"""What a user can get wrong, as exceptions of one line each.
+
+Every message names the thing, the value that was given and what to do about it.
+The command line prints the message and exits with status 2.
+"""
+
+
+class WaveflowError(Exception):
+    """Base of every error that the user's input causes."""
+
+
+class CheckpointError(WaveflowError):
+    """A checkpoint that is missing, damaged, of another format, or does not fit its config."""
+
+
+class MelMismatchError(WaveflowError):
+    """A mel spectrogram that a model cannot voice: wrong bands, shape or values."""
+
+
+class AudioError(WaveflowError):
+    """An audio file or waveform that cannot be read, written or used."""
+
+
+class ConfigError(WaveflowError):
+    """A configuration, recipe or option that is wrong."""
+
+
+class DataError(WaveflowError):
+    """A corpus or training cache that is missing, empty or inconsistent."""

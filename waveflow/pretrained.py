@@ -1,0 +1,35 @@
+"""Where the models that ship are."""
+
+from pathlib import Path
+
+from waveflow.errors import CheckpointError
+
+DEFAULT_MODEL = "frameglow-cc0"
+
+
+def list_models() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(path.parent.name for path in _root().glob("*/config.json"))
+
+
+def find_model(model: str | Path | None = None) -> Path:
+    """The folder of a model: None is the default, else a shipped name or a folder's path.
+
+    Raises:
+        CheckpointError: neither a shipped model nor a folder.
+    """
+    name = DEFAULT_MODEL if model is None else str(model)
+    shipped = _root() / name
+    if Path(name).name == name and (shipped / "config.json").is_file():
+        return shipped
+    if Path(name).is_dir():
+        return Path(name)
+    raise CheckpointError(
+        f"no model {name!r}: give a folder, or one of {', '.join(list_models()) or 'none shipped'}"
+    )
+
+
+def _root() -> Path:
+    # In a wheel the models lie inside the package, in a checkout beside it.
+    inside = Path(__file__).parent / "pretrained"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "pretrained"
