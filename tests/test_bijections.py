@@ -1,0 +1,653 @@
+"""The contract of `bijections/base.py`, kept by every bijection, and what each adds to it."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from waveflow.bijections import (
+    ActNorm,
+    Additive,
+    Affine,
+    AllActive,
+    Bijection,
+    Chain,
+    Condition,
+    Coupling,
+    EvenOdd,
+    FactorOut,
+    Halves,
+    Inverse,
+    InvertibleConv1x1,
+    InvertibleConv1x1PLU,
+    LappedSqueeze,
+    MapCond,
+    Permute,
+    Reverse,
+    Squeeze,
+    SqueezeCondition,
+)
+from waveflow.bijections.base import record_log_dets
+from waveflow.bijections.coupling import Split
+from waveflow.bijections.elementwise import ElementwiseMap
+from waveflow.models.waveglow import WaveGlowConfig, waveglow
+from waveflow.nn.wavenet import WaveNet
+
+BANDS = 4  # channels of the features in every case
+BATCH = 3
+
+
+class Case(NamedTuple):
+    build: Callable[[], Bijection]
+    shape: tuple[int, int]  # C and L of x
+    positions: int  # L of the condition
+    shorter: tuple[int, int]  # valid positions of the condition in items 1 and 2 when padded
+
+
+class Pointwise(nn.Module):
+    """A network that only the features steer, for couplings without a passive part."""
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(BANDS, out_channels, 1)
+
+    def forward(self, x: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+        return self.layer(features)
+
+
+def _coupling(map: ElementwiseMap, split: Split, channels: int = 4, bands: int = BANDS) -> Coupling:
+    half = channels // 2
+    return Coupling(WaveNet(half, bands, 4, map.n_params * half, n_layers=2), map, split)
+
+
+def _small_waveglow() -> Bijection:
+    config = WaveGlowConfig(
+        n_mels=1,
+        hop_length=4,
+        n_flows=3,
+        squeeze_factor=BANDS,
+        n_early_every=2,
+        n_layers=2,
+        hidden_channels=4,
+        upsample_kernel=8,
+    )
+    return waveglow(config).bijection
+
+
+CASES: dict[str, Case] = {
+    "squeeze": Case(lambda: Squeeze(4), (2, 24), 6, (4, 1)),
+    "lapped": Case(lambda: LappedSqueeze(4), (1, 24), 6, (4, 1)),
+    "lapped_quadrature": Case(lambda: LappedSqueeze(6, quadrature=True), (1, 30), 5, (4, 1)),
+    "permute": Case(lambda: Permute([2, 0, 3, 1]), (4, 6), 6, (4, 1)),
+    "reverse": Case(lambda: Reverse(4), (4, 6), 6, (4, 1)),
+    "conv1x1": Case(lambda: InvertibleConv1x1(4), (4, 6), 6, (4, 1)),
+    "conv1x1_identity": Case(lambda: InvertibleConv1x1(4, "identity"), (4, 6), 6, (4, 1)),
+    "conv1x1_plu": Case(lambda: InvertibleConv1x1PLU(4), (4, 6), 6, (4, 1)),
+    "actnorm": Case(lambda: ActNorm(4), (4, 6), 6, (4, 1)),
+    "additive_halves": Case(lambda: _coupling(Additive(), Halves()), (4, 6), 6, (4, 1)),
+    "affine_halves": Case(lambda: _coupling(Affine(), Halves()), (4, 6), 6, (4, 1)),
+    "affine_halves_swap": Case(lambda: _coupling(Affine(), Halves(swap=True)), (4, 6), 6, (4, 1)),
+    "affine_even_odd": Case(lambda: _coupling(Affine(), EvenOdd()), (4, 6), 6, (4, 1)),
+    "bounded_even_odd_swap": Case(
+        lambda: _coupling(Affine(bound=2.0), EvenOdd(swap=True)), (4, 6), 6, (4, 1)
+    ),
+    "affine_all_active": Case(
+        lambda: Coupling(Pointwise(8), Affine(), AllActive()), (4, 6), 6, (4, 1)
+    ),
+    "factor_out": Case(
+        lambda: FactorOut(
+            2,
+            Chain(
+                InvertibleConv1x1(6),
+                _coupling(Affine(), Halves(), 6),
+                FactorOut(2, _coupling(Affine(), EvenOdd(), 4)),
+            ),
+        ),
+        (8, 4),
+        4,
+        (3, 1),
+    ),
+    "inverse": Case(lambda: Inverse(_coupling(Affine(), Halves())), (4, 6), 6, (4, 1)),
+    "inverse_squeeze": Case(lambda: Inverse(Squeeze(4)), (8, 6), 6, (4, 1)),
+    "chain": Case(
+        lambda: Chain(
+            LappedSqueeze(4),
+            ActNorm(4),
+            _coupling(Affine(), EvenOdd()),
+            InvertibleConv1x1PLU(4),
+            _coupling(Affine(bound=1.0), EvenOdd(swap=True)),
+            Reverse(4),
+        ),
+        (1, 24),
+        6,
+        (4, 1),
+    ),
+    "map_cond": Case(
+        lambda: MapCond(
+            Chain(Squeeze(2), _coupling(Affine(), Halves(), 4, 2 * BANDS)), SqueezeCondition(2)
+        ),
+        (2, 8),
+        8,
+        (6, 2),
+    ),
+    "waveglow": Case(_small_waveglow, (1, 24), 6, (4, 1)),
+}
+# What is a fixed map: no weights, and nothing of the condition but its mask enters.
+FIXED = {"squeeze", "lapped", "lapped_quadrature", "permute", "reverse", "inverse_squeeze"}
+UNCONDITIONAL = FIXED | {"conv1x1", "conv1x1_identity", "conv1x1_plu", "actnorm"}
+
+
+@pytest.fixture(params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def _make(
+    name: str, dtype: torch.dtype = torch.float64, direction: str = "forward"
+) -> tuple[Bijection, Tensor, Condition]:
+    """A bijection with random weights, an input of the given direction and a condition."""
+    torch.manual_seed(0)
+    case = CASES[name]
+    bijection = case.build().to(dtype).eval()
+    with torch.no_grad():
+        for weight in bijection.parameters():
+            weight.add_(0.25 * torch.randn_like(weight))
+    x = torch.randn(BATCH, *case.shape, dtype=dtype)
+    cond = Condition(torch.randn(BATCH, BANDS, case.positions, dtype=dtype))
+    if direction == "inverse":
+        # Of the size of z, but not an image of some x that the test made.
+        with torch.no_grad():
+            x = torch.randn_like(bijection(x, cond)[0])
+    return bijection, x, cond
+
+
+def _call(bijection: Bijection, direction: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    return bijection if direction == "forward" else bijection.inverse
+
+
+both_directions = pytest.mark.parametrize("direction", ["forward", "inverse"])
+
+
+@both_directions
+def test_log_det_is_that_of_the_jacobian(name: str, direction: str) -> None:
+    """The Jacobian of the whole batch: its blocks are the items', the rest of it is 0."""
+    bijection, x, cond = _make(name, direction=direction)
+    function = _call(bijection, direction)
+    _, log_det = function(x, cond)
+    jacobian = torch.autograd.functional.jacobian(lambda x: function(x, cond)[0], x)
+    size = x[0].numel()
+    blocks = jacobian.reshape(BATCH, size, BATCH, size)
+    for item in range(BATCH):
+        expected = torch.linalg.slogdet(blocks[item, :, item])[1]
+        torch.testing.assert_close(log_det[item], expected, rtol=0, atol=1e-8)
+        for other in set(range(BATCH)) - {item}:
+            assert not blocks[item, :, other].any()
+    if name not in FIXED | {"additive_halves"}:
+        assert log_det.abs().min() > 1e-3  # else a log_det of 0 would pass as well
+
+
+@both_directions
+def test_log_det_has_the_shape_of_the_batch_and_its_dtype(name: str, direction: str) -> None:
+    bijection, x, cond = _make(name, direction=direction)
+    z, log_det = _call(bijection, direction)(x, cond)
+    assert log_det.shape == (BATCH,)
+    assert z.dtype == log_det.dtype == torch.float64
+    assert z.numel() == x.numel()
+
+
+@both_directions
+def test_round_trip_and_opposite_sign(name: str, direction: str) -> None:
+    bijection, x, cond = _make(name, direction=direction)
+    other = {"forward": "inverse", "inverse": "forward"}[direction]
+    z, log_det = _call(bijection, direction)(x, cond)
+    again, back_log_det = _call(bijection, other)(z, cond)
+    torch.testing.assert_close(again, x, rtol=0, atol=1e-10)
+    torch.testing.assert_close(back_log_det, -log_det, rtol=0, atol=1e-10)
+
+
+@both_directions
+def test_gradients_reach_weights_and_features(name: str, direction: str) -> None:
+    bijection, x, cond = _make(name, direction=direction)
+    cond.features.requires_grad_()
+    x.requires_grad_()
+    z, log_det = _call(bijection, direction)(x, cond)
+    (z.square().sum() + log_det.sum()).backward()
+    reached: dict[str, Tensor] = dict(bijection.named_parameters())
+    if name not in UNCONDITIONAL:
+        reached["features"] = cond.features
+    reached["x"] = x
+    dead = [n for n, p in reached.items() if p.grad is None or not p.grad.any()]
+    assert dead == []
+
+
+@both_directions
+def test_condition_is_not_changed(name: str, direction: str) -> None:
+    bijection, x, cond = _make(name, direction=direction)
+    cond = cond._replace(mask=_mask(CASES[name]))
+    before = copy.deepcopy(cond)
+    with torch.no_grad():
+        _call(bijection, direction)(x, cond)
+    assert torch.equal(cond.features, before.features)
+    assert torch.equal(cond.mask, before.mask)  # type: ignore[arg-type]
+
+
+def _mask(case: Case) -> Tensor:
+    lengths = torch.tensor([case.positions, *case.shorter])
+    return (torch.arange(case.positions) < lengths[:, None])[:, None].double()
+
+
+@both_directions
+def test_padded_items_get_what_they_get_alone(name: str, direction: str) -> None:
+    """Whatever lies in the padding of x and of the features."""
+    case = CASES[name]
+    bijection, x, cond = _make(name, direction=direction)
+    function = _call(bijection, direction)
+    z, log_det = function(x, cond._replace(mask=_mask(case)))
+    for item, valid in enumerate([case.positions, *case.shorter]):
+        own_x = x[item : item + 1, :, : x.shape[2] * valid // case.positions]
+        own_cond = Condition(cond.features[item : item + 1]).crop(valid)
+        own_z, own_log_det = function(own_x, own_cond)
+        length = own_z.shape[2]
+        torch.testing.assert_close(z[item, :, :length], own_z[0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(log_det[item], own_log_det[0], rtol=0, atol=1e-10)
+
+
+def test_a_full_mask_is_no_mask(name: str) -> None:
+    bijection, x, cond = _make(name)
+    full = cond._replace(mask=torch.ones(BATCH, 1, CASES[name].positions, dtype=torch.float64))
+    torch.testing.assert_close(bijection(x, full), bijection(x, cond), rtol=0, atol=1e-12)
+
+
+def test_state_dict_carries_everything(name: str) -> None:
+    bijection, x, cond = _make(name)
+    torch.manual_seed(1)
+    fresh = CASES[name].build().double().eval()
+    fresh.load_state_dict(bijection.state_dict())
+    assert torch.equal(fresh(x, cond)[0], bijection(x, cond)[0])
+    z = bijection(x, cond)[0]
+    assert torch.equal(fresh.inverse(z, cond)[0], bijection.inverse(z, cond)[0])
+
+
+@both_directions
+def test_autocast_keeps_signal_and_log_det_in_float32(name: str, direction: str) -> None:
+    """Networks may run in bfloat16; what is summed, mixed or transformed does not."""
+    bijection, x, cond = _make(name, torch.float32, direction)
+    function = _call(bijection, direction)
+    with torch.no_grad():
+        exact, exact_log_det = function(x, cond)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z, log_det = function(x, cond)
+    assert z.dtype == log_det.dtype == torch.float32
+    # bfloat16 has 8 bits; only parameters that networks made may show it.
+    tolerance = 1e-6 if name in UNCONDITIONAL else 0.2
+    torch.testing.assert_close(z, exact, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(log_det, exact_log_det, rtol=tolerance, atol=tolerance)
+
+
+def test_round_trip_in_float32(name: str) -> None:
+    bijection, x, cond = _make(name, torch.float32)
+    with torch.no_grad():
+        again, _ = bijection.inverse(bijection(x, cond)[0], cond)
+    torch.testing.assert_close(again, x, rtol=1e-4, atol=1e-4)
+
+
+def test_recorded_log_dets_sum_to_the_log_det(name: str) -> None:
+    bijection, x, cond = _make(name)
+    with record_log_dets() as terms:
+        _, log_det = bijection(x, cond)
+    total = sum((term.sum(1) for term in terms), torch.zeros(BATCH, dtype=torch.float64))
+    torch.testing.assert_close(total, log_det, rtol=0, atol=1e-12)
+    assert (terms == []) == (name in FIXED)
+    n_terms = len(terms)
+    bijection(x, cond)
+    assert len(terms) == n_terms
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Squeeze(4)(torch.zeros(1, 1, 10)), "cannot squeeze 10 positions by 4"),
+        (lambda: LappedSqueeze(4)(torch.zeros(1, 1, 10)), "multiple of 4"),
+        (lambda: LappedSqueeze(4)(torch.zeros(1, 2, 8)), r"takes \(B, 1, T\)"),
+        (lambda: LappedSqueeze(5), "even"),
+        (lambda: SqueezeCondition(2)(Condition(torch.zeros(1, 3, 5))), "by 2: not a multiple"),
+        (lambda: Permute([0, 2]), "not a permutation"),
+        (lambda: Permute([0, 0, 1]), "not a permutation"),
+        (lambda: InvertibleConv1x1(4, "random"), "'orthogonal' or 'identity'"),
+    ],
+)
+def test_wrong_sizes_are_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# Condition, Squeeze, FactorOut, splits
+
+
+def test_squeeze_takes_audio_in_groups_and_mels_band_by_band() -> None:
+    audio = torch.arange(8.0)[None, None]
+    assert Squeeze(4)(audio)[0][0].T.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    mel = torch.stack([torch.arange(4.0), torch.arange(10.0, 14.0)])[None]
+    assert Squeeze(2)(mel)[0][0].T.tolist() == [[0, 1, 10, 11], [2, 3, 12, 13]]
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(n=st.integers(1, 7), channels=st.integers(1, 3), length=st.integers(1, 9))
+def test_squeezes_compose(n: int, channels: int, length: int) -> None:
+    """Squeezing by n and then by 2 keeps every sample, and undoes in the opposite order."""
+    x = torch.randn(2, channels, 2 * n * length)
+    chain = Chain(Squeeze(n), Squeeze(2))
+    z, _ = chain(x)
+    assert z.shape == (2, 2 * n * channels, length)
+    assert torch.equal(z.flatten().sort()[0], x.flatten().sort()[0])
+    assert torch.equal(chain.inverse(z)[0], x)
+
+
+def test_squeezed_condition_is_valid_where_all_its_positions_are() -> None:
+    mask = torch.tensor([[[1.0, 1, 1, 0, 0, 0]], [[1, 1, 1, 1, 1, 1]]])
+    squeezed = SqueezeCondition(2)(Condition(torch.randn(2, 3, 6), mask))
+    assert squeezed.features.shape == (2, 6, 3)
+    assert squeezed.mask[:, 0].tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+def test_condition_crops_and_repeats() -> None:
+    cond = Condition(torch.randn(2, 3, 5), torch.ones(2, 1, 5))
+    cropped = cond.crop(2)
+    assert cropped.features.shape == (2, 3, 2)
+    assert cropped.mask is not None and cropped.mask.shape == (2, 1, 2)
+    repeated = cond.repeat(3)
+    assert torch.equal(repeated.features[2:4], cond.features)
+    assert repeated.mask is not None and repeated.mask.shape == (6, 1, 5)
+
+
+def test_factored_channels_leave_first_and_unchanged() -> None:
+    bijection, x, cond = _make("factor_out")
+    z, _ = bijection(x, cond)
+    assert torch.equal(z[:, :2], x[:, :2])
+    assert not torch.equal(z[:, 2:4], x[:, 2:4])
+
+
+@pytest.mark.parametrize("split", [Halves(), Halves(True), EvenOdd(), EvenOdd(True), AllActive()])
+def test_split_and_merge(split: Split) -> None:
+    x = torch.randn(2, 6, 5)
+    passive, active = split.split(x)
+    assert passive.shape[1] + active.shape[1] == 6
+    assert torch.equal(split.merge(passive, active), x)
+
+
+def test_passive_and_active_channels() -> None:
+    x = torch.arange(4.0)[None, :, None]
+
+    def active(split: Split) -> list[float]:
+        return split.split(x)[1].flatten().tolist()
+
+    assert active(Halves()) == [2, 3]
+    assert active(Halves(swap=True)) == [0, 1]
+    assert active(EvenOdd()) == [1, 3]
+    assert active(EvenOdd(swap=True)) == [0, 2]
+
+
+def test_bounded_scale_saturates_and_is_the_identity_for_small_values() -> None:
+    x = torch.ones(1, 1, 3, dtype=torch.float64)
+    params = torch.tensor([[[0.0, 0, 0], [1e3, -1e3, 1e-3]]], dtype=torch.float64)
+    log_det = Affine(bound=2.0).forward(x, params)[1].flatten()
+    expected = torch.tensor([2.0, -2.0, 1e-3], dtype=torch.float64)
+    torch.testing.assert_close(log_det, expected, rtol=1e-6, atol=0)
+
+
+def test_affine_is_exact_where_its_parameters_are_half_precision() -> None:
+    torch.manual_seed(0)
+    x, params = torch.randn(2, 3, 5), torch.randn(2, 6, 5).bfloat16()
+    z, log_det = Affine(bound=3.0).forward(x, params)
+    assert z.dtype == log_det.dtype == torch.float32
+    torch.testing.assert_close(Affine(bound=3.0).inverse(z, params)[0], x, rtol=1e-5, atol=1e-6)
+
+
+def test_all_active_coupling_is_a_conditional_gaussian_base() -> None:
+    """log N(z) + log_det = log N(x; mean, std) with x = mean + std z, mean and std of cond."""
+    bijection, x, cond = _make("affine_all_active")
+    assert isinstance(bijection, Coupling)
+    z, log_det = bijection(x, cond)
+    shift, log_scale = bijection.network(x[:, :0], *cond).chunk(2, 1)
+    std = (-log_scale).exp()
+    expected = torch.distributions.Normal(-shift * std, std).log_prob(x).sum((1, 2))
+    standard = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum((1, 2))
+    torch.testing.assert_close(standard + log_det, expected)
+
+
+# LappedSqueeze
+
+
+def _matrix(squeeze: LappedSqueeze, n_blocks: int, cond: Condition | None = None) -> Tensor:
+    """Row t is what a unit impulse at sample t becomes."""
+    return squeeze(torch.eye(n_blocks * squeeze.n, dtype=torch.float64)[:, None], cond)[0].flatten(
+        1
+    )
+
+
+def _assert_orthonormal(matrix: Tensor) -> None:
+    gram = matrix @ matrix.T
+    torch.testing.assert_close(gram, torch.eye(len(gram), dtype=gram.dtype), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("quadrature", [False, True])
+@pytest.mark.parametrize("n", [2, 4, 10, 64])
+@pytest.mark.parametrize("n_blocks", range(1, 10))
+def test_lapped_squeeze_is_orthonormal(n: int, n_blocks: int, quadrature: bool) -> None:
+    _assert_orthonormal(_matrix(LappedSqueeze(n, quadrature), n_blocks))
+
+
+@pytest.mark.parametrize(("n", "n_blocks"), [(8, 150), (256, 3)])
+def test_large_lapped_squeezes_are_orthonormal(n: int, n_blocks: int) -> None:
+    _assert_orthonormal(_matrix(LappedSqueeze(n), n_blocks))
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    half=st.integers(1, 20),
+    n_blocks=st.integers(1, 12),
+    valid=st.integers(1, 12),
+    quadrature=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_lapped_squeeze_keeps_energy_and_the_item(
+    half: int, n_blocks: int, valid: int, quadrature: bool, seed: int
+) -> None:
+    """With any mask: energy is kept, the inverse undoes it, the item is as if alone."""
+    n, valid = 2 * half, min(valid, n_blocks)
+    squeeze = LappedSqueeze(n, quadrature)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 1, n * n_blocks, generator=generator, dtype=torch.float64)
+    mask = (torch.arange(n_blocks) < valid)[None, None].double()
+    cond = Condition(torch.zeros(1, 1, n_blocks), mask)
+    z, _ = squeeze(x, cond)
+    torch.testing.assert_close(z.norm(), x.norm(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(squeeze.inverse(z, cond)[0], x, rtol=0, atol=1e-12)
+    alone, _ = squeeze(x[..., : n * valid])
+    torch.testing.assert_close(z[..., :valid], alone, rtol=0, atol=1e-12)
+
+
+def test_a_mask_that_ends_changes_the_transform_at_its_edge() -> None:
+    """Else the masked cases above would pass with a mask that is ignored."""
+    x = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[[1.0, 1, 0, 0]]])
+    z, _ = LappedSqueeze(4)(x, Condition(torch.zeros(1, 1, 4), mask))
+    whole, _ = LappedSqueeze(4)(x)
+    assert torch.equal(z[..., 0], whole[..., 0])
+    assert (z[..., 1] - whole[..., 1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("n", [8, 32])
+@pytest.mark.parametrize("quadrature", [False, True])
+def test_inside_it_is_the_mdct_up_to_sign(n: int, quadrature: bool) -> None:
+    """X[k] = sqrt(2/n) sum over m < 2n of w[m] x[m] cos(pi/n (m + 1/2 + n/2) (k + 1/2)).
+
+    That is the quadrature transform; the plain one takes x[m] backwards.
+    """
+    x = torch.randn(5 * n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bands = LappedSqueeze(n, quadrature)(x[None, None])[0][0, :, 2]
+    m = torch.arange(2 * n, dtype=torch.float64) + 0.5
+    k = torch.arange(n, dtype=torch.float64) + 0.5
+    window = (math.pi / (2 * n) * m).sin()
+    basis = math.sqrt(2 / n) * (math.pi / n * torch.outer(k, m + n / 2)).cos()
+    # Block 2 and half a block on each side.
+    segment = window * x[2 * n - n // 2 : 3 * n + n // 2]
+    mdct = basis @ (segment if quadrature else segment.flip(0))
+    torch.testing.assert_close(bands.abs(), mdct.abs(), rtol=0, atol=1e-12)
+
+
+class WrongRotation(LappedSqueeze):
+    """Orthonormal too, but its rotations go the wrong way."""
+
+    def _rotate(self, blocks: Tensor, cond: Condition | None, sign: int) -> Tensor:
+        return super()._rotate(blocks, cond, -sign)
+
+
+def _tone(n: int, band: int, phase: float, n_blocks: int = 20) -> Tensor:
+    t = torch.arange(n * n_blocks, dtype=torch.float64)
+    return (math.pi / n * (band + 0.5) * t + phase).cos()[None, None]
+
+
+def _leak(squeeze: LappedSqueeze, band: int, phase: float) -> float:
+    """The share of a tone's energy outside its band and the two neighbours, inside the signal."""
+    energy = squeeze(_tone(squeeze.n, band, phase))[0][0, :, 2:-2].square().sum(1)
+    return 1 - (energy[band - 1 : band + 2].sum() / energy.sum()).item()
+
+
+@pytest.mark.parametrize("quadrature", [False, True])
+@pytest.mark.parametrize("band", [5, 17, 28])
+def test_each_channel_is_a_frequency_band(band: int, quadrature: bool) -> None:
+    phases = [0.0, 0.7, math.pi / 2, 2.5]
+    assert max(_leak(LappedSqueeze(32, quadrature), band, p) for p in phases) < 0.01
+    # The bar has teeth: the wrong sign smears a tone over all bands.
+    assert min(_leak(WrongRotation(32, quadrature), band, p) for p in phases) > 0.1
+
+
+def test_the_quadrature_pair_gives_amplitude_without_phase() -> None:
+    n, band = 32, 11
+    phases = [2 * math.pi * i / 16 for i in range(16)]
+    plain = torch.stack([LappedSqueeze(n)(_tone(n, band, p))[0][0, band, 2:-2] for p in phases])
+    other = torch.stack(
+        [LappedSqueeze(n, True)(_tone(n, band, p))[0][0, band, 2:-2] for p in phases]
+    )
+    power = plain.square() + other.square()
+    # One alone swings between none and all of it; together they hold still.
+    assert power.std() < 0.02 * power.mean()
+    assert plain.square().std() > 0.5 * plain.square().mean()
+
+
+# InvertibleConv1x1
+
+
+@pytest.fixture(params=[InvertibleConv1x1, InvertibleConv1x1PLU])
+def conv(request: pytest.FixtureRequest) -> InvertibleConv1x1:
+    torch.manual_seed(0)
+    conv = request.param(6)
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return conv
+
+
+@torch.no_grad()
+def test_prepared_inverse_is_the_plain_one(conv: InvertibleConv1x1) -> None:
+    z = torch.randn(2, 6, 5)
+    plain = conv.inverse(z)[0]
+    conv.eval().prepare_for_inference()
+    assert conv._inverse is not None
+    assert torch.equal(conv.inverse(z)[0], plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("undo", ["train", "load", "double"])
+def test_changed_weights_undo_the_preparation(conv: InvertibleConv1x1, undo: str) -> None:
+    conv.eval().prepare_for_inference()
+    if undo == "train":
+        conv.train()
+        next(conv.parameters()).mul_(1.5)
+    elif undo == "load":
+        conv.load_state_dict(type(conv)(6).state_dict())
+    else:
+        conv.double()
+    x = torch.randn(2, 6, 5, dtype=next(conv.parameters()).dtype)
+    tolerance = 1e-12 if undo == "double" else 1e-4
+    again = conv.inverse(conv(x)[0])[0]
+    torch.testing.assert_close(again, x, rtol=0, atol=tolerance)
+
+
+def test_preparation_does_not_cut_the_gradient(conv: InvertibleConv1x1) -> None:
+    conv.eval().prepare_for_inference()
+    conv.inverse(torch.randn(1, 6, 3))[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in conv.parameters())
+
+
+def test_a_negative_determinant_is_no_nan() -> None:
+    conv = InvertibleConv1x1(2, "identity")
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+    log_det = conv(torch.randn(1, 2, 3))[1]
+    torch.testing.assert_close(log_det, torch.tensor([3 * math.log(2)]))
+
+
+def test_matrices_start_as_rotations() -> None:
+    torch.manual_seed(0)
+    for channels in range(1, 9):
+        for kind in (InvertibleConv1x1, InvertibleConv1x1PLU):
+            weight = kind(channels).matrix().detach()
+            torch.testing.assert_close(weight @ weight.T, torch.eye(channels), rtol=0, atol=1e-5)
+            assert torch.linalg.det(weight) > 0.99
+    assert torch.equal(InvertibleConv1x1(3, "identity").weight, torch.eye(3))
+
+
+# ActNorm
+
+
+def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of (N, C)."""
+    return z.mean(0), z.var(0, unbiased=False)
+
+
+def test_actnorm_starts_from_its_first_batch_in_training() -> None:
+    torch.manual_seed(0)
+    norm = ActNorm(3).double()
+    scale, offset = torch.tensor([[0.1], [2.0], [30.0]]), torch.tensor([[5.0], [-1.0], [0.0]])
+    x = torch.randn(4, 3, 50, dtype=torch.float64) * scale + offset
+    assert torch.equal(norm.eval()(x)[0], x)
+    assert not norm.initialized
+    z, log_det = norm.train()(x)
+    mean, variance = _moments(z.transpose(1, 2).flatten(0, 1))
+    torch.testing.assert_close(mean, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(variance, torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(log_det, 50 * norm.log_scale.sum().expand(4))
+
+    started = copy.deepcopy(norm.state_dict())
+    norm(x * 7)
+    assert all(torch.equal(started[k], v) for k, v in norm.state_dict().items())
+    loaded = ActNorm(3).double().train()
+    loaded.load_state_dict(started)
+    assert torch.equal(loaded(x)[0], z)
+
+
+def test_actnorm_starts_from_valid_positions_only() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 40, dtype=torch.float64) * 3 + 1
+    mask = (torch.arange(40) < torch.tensor([[40], [10]]))[:, None].double()
+    norm = ActNorm(3).double().train()
+    padded = torch.where(mask.bool(), x, 1e3)
+    z, _ = norm(padded, Condition(torch.zeros(2, 1, 40), mask))
+    valid = torch.cat([z[0], z[1, :, :10]], 1).T
+    mean, variance = _moments(valid)
+    torch.testing.assert_close(mean, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(variance, torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_actnorm_survives_a_silent_channel() -> None:
+    z, log_det = ActNorm(2).train()(torch.zeros(1, 2, 8))
+    assert z.isfinite().all()
+    assert log_det.isfinite().all()

@@ -1,0 +1,37 @@
+"""Invertible maps of (B, C, L) signals; `base` holds the contract."""
+
+from waveflow.bijections.actnorm import ActNorm
+from waveflow.bijections.base import Bijection, Condition
+from waveflow.bijections.chain import Chain, Inverse
+from waveflow.bijections.condition import MapCond, SqueezeCondition
+from waveflow.bijections.conv1x1 import InvertibleConv1x1, InvertibleConv1x1PLU
+from waveflow.bijections.coupling import AllActive, Coupling, EvenOdd, Halves
+from waveflow.bijections.elementwise import Additive, Affine
+from waveflow.bijections.factor_out import FactorOut, OnChannels
+from waveflow.bijections.lapped import LappedSqueeze
+from waveflow.bijections.permute import Permute, Reverse
+from waveflow.bijections.squeeze import Squeeze
+
+__all__ = [
+    "ActNorm",
+    "Additive",
+    "Affine",
+    "AllActive",
+    "Bijection",
+    "Chain",
+    "Condition",
+    "Coupling",
+    "EvenOdd",
+    "FactorOut",
+    "Halves",
+    "Inverse",
+    "InvertibleConv1x1",
+    "InvertibleConv1x1PLU",
+    "LappedSqueeze",
+    "MapCond",
+    "OnChannels",
+    "Permute",
+    "Reverse",
+    "Squeeze",
+    "SqueezeCondition",
+]

@@ -1,0 +1,46 @@
+"""MapCond: another view of the condition for an inner bijection."""
+
+from torch import Tensor, nn
+
+from waveflow.bijections.base import Bijection, Condition
+from waveflow.bijections.squeeze import squeeze
+
+
+class MapCond(Bijection):
+    """`bijection` under `network(cond)`: squeezed, sliced or encoded; outside nothing changes.
+
+    Args:
+        bijection: the inner bijection.
+        network: module from Condition to Condition.
+    """
+
+    def __init__(self, bijection: Bijection, network: nn.Module) -> None:
+        super().__init__()
+        self.bijection = bijection
+        self.network = network
+
+    def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        return self.bijection(x, self._view(cond))
+
+    def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        return self.bijection.inverse(z, self._view(cond))
+
+    def _view(self, cond: Condition | None) -> Condition | None:
+        return None if cond is None else self.network(cond)
+
+
+class SqueezeCondition(nn.Module):
+    """Features and mask squeezed by n, along with the audio of a deeper level.
+
+    A squeezed position is valid if all of its n positions are.
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def forward(self, cond: Condition) -> Condition:
+        mask: Tensor | None = None
+        if cond.mask is not None:
+            mask = squeeze(cond.mask, self.n).amin(1, keepdim=True)
+        return Condition(squeeze(cond.features, self.n), mask)

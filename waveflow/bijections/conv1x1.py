@@ -1,0 +1,114 @@
+"""InvertibleConv1x1: a learned mixing of the channels, free or by its PLU factors."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from waveflow.bijections.base import Bijection, Condition, full_precision, sum_log_det
+
+
+class InvertibleConv1x1(Bijection):
+    """z = W x at every position; log-determinant L log|det W| (Kingma, Dhariwal 2018, 3.2).
+
+    Never computed below float32. `inverse` inverts W in float64, at each call while the
+    weights may change; `prepare_for_inference` does it once and for all, until the module is
+    trained or loaded again.
+
+    Args:
+        channels: C.
+        start: "orthogonal" (random, determinant +1, as in the paper) or "identity".
+    """
+
+    def __init__(self, channels: int, start: str = "orthogonal") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(_start_matrix(channels, start))
+        self._inverse: Tensor | None = None
+
+    def matrix(self) -> Tensor:
+        """W, (C, C)."""
+        return self.weight
+
+    def log_abs_det(self) -> Tensor:
+        """log|det W|, a scalar."""
+        # slogdet, because logdet is NaN for a negative determinant.
+        return torch.linalg.slogdet(self.weight)[1]
+
+    def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        return _mix(self.matrix(), x), self._log_det(x, cond, sign=1)
+
+    def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        inverse = self._inverse
+        if inverse is None or torch.is_grad_enabled():
+            matrix = self.matrix()
+            inverse = torch.linalg.inv(matrix.double()).to(matrix.dtype)
+        return _mix(inverse, z), self._log_det(z, cond, sign=-1)
+
+    def _log_det(self, x: Tensor, cond: Condition | None, sign: int) -> Tensor:
+        return sum_log_det(sign * self.log_abs_det().expand(x.shape[0], 1, x.shape[2]), cond)
+
+    @torch.no_grad()
+    def prepare_for_inference(self) -> None:
+        """Inverts W once. Undone by `train()` and by loading weights."""
+        matrix = self.matrix()
+        self._inverse = torch.linalg.inv(matrix.double()).to(matrix.dtype)
+
+    def train(self, mode: bool = True) -> "InvertibleConv1x1":
+        if mode:
+            self._inverse = None
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._inverse = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "InvertibleConv1x1":
+        self._inverse = None
+        return super()._apply(fn, recurse)
+
+
+class InvertibleConv1x1PLU(InvertibleConv1x1):
+    """The same with W = P L (U + diag(s)), P fixed: log|det W| is the sum of log|s|.
+
+    Glow's cheaper form (Kingma, Dhariwal 2018, equation 10); it cannot become singular.
+    """
+
+    permutation: Tensor
+    sign: Tensor
+
+    def __init__(self, channels: int, start: str = "orthogonal") -> None:
+        super().__init__(channels, start)
+        permutation, lower, upper = torch.linalg.lu(self.weight.detach())
+        diagonal = upper.diagonal()
+        del self.weight
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("sign", diagonal.sign())
+        self.lower = nn.Parameter(lower.tril(-1))
+        self.upper = nn.Parameter(upper.triu(1))
+        self.log_diagonal = nn.Parameter(diagonal.abs().log())
+
+    def matrix(self) -> Tensor:
+        identity = torch.eye(len(self.sign), dtype=self.lower.dtype, device=self.lower.device)
+        lower = self.lower.tril(-1) + identity
+        upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
+        with full_precision(lower):
+            return self.permutation @ lower @ upper
+
+    def log_abs_det(self) -> Tensor:
+        return self.log_diagonal.sum()
+
+
+def _mix(matrix: Tensor, x: Tensor) -> Tensor:
+    # On the transposed view: frame-rate signals lie in memory as (B, L, C).
+    with full_precision(x):
+        return torch.matmul(x.to(matrix.dtype).transpose(1, 2), matrix.T).transpose(1, 2)
+
+
+def _start_matrix(channels: int, start: str) -> Tensor:
+    if start == "identity":
+        return torch.eye(channels)
+    if start != "orthogonal":
+        raise ValueError(f"start must be 'orthogonal' or 'identity', not {start!r}")
+    matrix = torch.linalg.qr(torch.randn(channels, channels))[0].contiguous()
+    matrix[:, 0] *= torch.linalg.det(matrix).sign()
+    return matrix

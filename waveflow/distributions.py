@@ -1,0 +1,45 @@
+"""The base density and the noise that draws are made from."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NOISE_BLOCK_FRAMES = 64
+
+
+def standard_normal_log_prob(z: Tensor, mask: Tensor | None = None) -> Tensor:
+    """log N(z; 0, 1) in nats, (B,): summed over C and L of z (B, C, L), valid positions only."""
+    log_prob = -0.5 * (z.square() + math.log(2 * math.pi))
+    if mask is not None:
+        log_prob = log_prob * mask.to(log_prob.dtype)
+    return log_prob.sum((1, 2))
+
+
+def draw_noise(n_frames: int, hop_length: int, seeds: Sequence[int]) -> Tensor:
+    """Standard normal noise (B, n_frames hop_length), float32, on the CPU; a row for each seed.
+
+    Drawn in fixed blocks of frames, each from a generator seeded by (seed, block), because
+    `torch.randn` of one length is no prefix of a longer draw. So place in a batch, length,
+    chunking and device do not change an item's noise.
+    """
+    blocks = range(-(-n_frames // NOISE_BLOCK_FRAMES))
+    size = NOISE_BLOCK_FRAMES * hop_length
+    generator = torch.Generator()
+    rows = []
+    for seed in seeds:
+        row = []
+        for block in blocks:
+            generator.manual_seed(_mix_seed(seed, block))
+            row.append(torch.randn(size, generator=generator))
+        rows.append(torch.cat(row)[: n_frames * hop_length])
+    return torch.stack(rows)
+
+
+def _mix_seed(seed: int, block: int) -> int:
+    """splitmix64 of (seed, block): neighbouring seeds must not share blocks."""
+    x = (seed * 0x9E3779B97F4A7C15 + (block + 1) * 0xBF58476D1CE4E5B9) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return (x ^ (x >> 31)) % 2**63
