@@ -1,0 +1,1 @@
+"""Audio and mel spectrograms: files, transforms, refinement."""

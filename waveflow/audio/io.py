@@ -1,0 +1,259 @@
+"""Reads and writes audio and mel files: the only place that touches their formats."""
+
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from waveflow.errors import AudioError, DataError, MelMismatchError, WaveflowError
+
+# What libsndfile reads and people keep speech in.
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
+MEL_SUFFIXES = (".npy", ".npz", ".pt")
+
+_FORMATS = {".wav": "WAV", ".flac": "FLAC"}
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary path beside `path` that replaces it on success and vanishes on failure.
+
+    Whoever reads `path` sees the old file or the whole new one, never a part.
+
+    Example:
+        >>> with atomic_path("out.txt") as temporary:
+        ...     temporary.write_text("whole or not at all")
+    """
+    path = Path(path)
+    # Hidden, and with the same suffix: libraries pick formats by it.
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def list_inputs(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> list[Path]:
+    """Files of a folder (not of its sub-folders) with one of the suffixes, by name.
+
+    Args:
+        folder: Folder to list; hidden files are left out.
+        suffixes: With their dots, in lower case; the case of a file's suffix is ignored.
+
+    Raises:
+        DataError: If there is no such folder, or no such file in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    found = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith(".")
+    )
+    if not found:
+        raise DataError(f"{folder} holds no {' or '.join(suffixes)} file")
+    return found
+
+
+def read_audio(
+    path: str | os.PathLike[str], sample_rate: int | None = None
+) -> tuple[np.ndarray, int, list[str]]:
+    """Reads an audio file as one channel.
+
+    Args:
+        path: Any file that libsndfile reads.
+        sample_rate: Rate wanted in Hz, resampled to if the file's is another; None keeps it.
+
+    Returns:
+        Audio (T,) float32, in [-1, 1] unless the file holds floats beyond; its rate in Hz; and what
+        was changed on the way, in words ("2 channels mixed down to one").
+
+    Raises:
+        AudioError: If the file is missing, no audio, shorter than two samples, or not finite.
+    """
+    path = _existing_file(path, AudioError)
+    try:
+        channels, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        # TypeError: headerless formats, whose rate and type only the caller could know.
+        reason = getattr(error, "error_string", error)
+        raise AudioError(f"{path} is not an audio file that can be read: {reason}") from error
+    if channels.shape[0] == 0:
+        raise AudioError(f"{path} holds no audio: 0 samples")
+    if not np.isfinite(channels).all():
+        raise AudioError(f"{path} holds NaN or infinite samples; export it again")
+    notes = []
+    audio = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
+    if channels.shape[1] > 1:
+        notes.append(f"{channels.shape[1]} channels mixed down to one")
+    n_read = audio.size
+    if sample_rate is not None and rate != sample_rate:
+        audio = resample(audio, rate, sample_rate)
+        notes.append(f"resampled from {rate} Hz to {sample_rate} Hz")
+        rate = sample_rate
+    if audio.size < 2:
+        raise AudioError(f"{path} is too short: {n_read} sample(s) at its own rate")
+    return np.ascontiguousarray(audio), rate, notes
+
+
+def resample(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
+    """Audio (T,) at another rate in Hz, by soxr's high-quality filter (20 bit)."""
+    import soxr
+
+    return soxr.resample(audio, from_rate, to_rate, quality="HQ").astype(np.float32)
+
+
+def to_int16(audio: np.ndarray) -> np.ndarray:
+    """16-bit samples of audio in [-1, 1]; gives back the file's own where audio was read from one.
+
+    Full scale is 32768, as libsndfile reads it, so +1.0 becomes 32767.
+    """
+    scaled = np.round(np.asarray(audio, dtype=np.float64) * 32768.0)
+    return np.clip(scaled, -32768, 32767).astype(np.int16)
+
+
+def write_audio(
+    path: str | os.PathLike[str], audio: np.ndarray, sample_rate: int, float32: bool = False
+) -> float:
+    """Writes audio, clipped to [-1, 1]: the one place that clips.
+
+    Args:
+        path: A .wav or .flac file; replaced if it is there, and never half written.
+        audio: (T,), finite.
+        sample_rate: Hz.
+        float32: 32-bit floats instead of 16-bit integers (.wav only).
+
+    Returns:
+        Share of samples that were beyond [-1, 1], 0 to 1.
+
+    Raises:
+        AudioError: If the suffix is another, the audio is not (T,) or not finite, or the folder is
+            missing or cannot be written to.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _FORMATS:
+        raise AudioError(f"cannot write {path}: the name must end in .wav or .flac")
+    if float32 and suffix != ".wav":
+        raise AudioError(f"cannot write {path}: 32-bit floats need a name that ends in .wav")
+    audio = np.asarray(audio)
+    if audio.ndim != 1 or audio.size == 0:
+        raise AudioError(f"cannot write {path}: audio of shape {audio.shape}, expected (samples,)")
+    if not np.isfinite(audio).all():
+        raise AudioError(f"cannot write {path}: the audio holds NaN or infinite samples")
+    clipped = np.clip(audio, -1.0, 1.0)
+    samples = clipped.astype(np.float32) if float32 else to_int16(clipped)
+    with _writing(path, AudioError) as temporary:
+        subtype = "FLOAT" if float32 else "PCM_16"
+        soundfile.write(temporary, samples, sample_rate, subtype, format=_FORMATS[suffix])
+    return float(np.mean(np.abs(audio) > 1.0))
+
+
+def read_mel(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads a mel spectrogram; nothing in the file is executed.
+
+    Args:
+        path: .npy; .npz with one array, or one named `mel`; or .pt with a tensor.
+
+    Returns:
+        (n_mels, F) float32; a leading axis of 1 is dropped.
+
+    Raises:
+        MelMismatchError: If the file is missing, not such a file, or its array is not 2-D, empty,
+            not of real numbers, or not finite.
+    """
+    path = _existing_file(path, MelMismatchError)
+    suffix = path.suffix.lower()
+    if suffix not in MEL_SUFFIXES:
+        raise MelMismatchError(f"{path} is not a mel file: its name must end in .npy, .npz or .pt")
+    mel = _load_tensor(path) if suffix == ".pt" else _load_numpy(path)
+    if mel.dtype.kind not in "fiu":
+        raise MelMismatchError(f"{path} holds values of type {mel.dtype}, not real numbers")
+    if mel.ndim == 3 and mel.shape[0] == 1:
+        mel = mel[0]
+    if mel.ndim != 2:
+        raise MelMismatchError(f"{path} has shape {mel.shape}; a mel is (bands, frames)")
+    if mel.size == 0:
+        raise MelMismatchError(f"{path} is empty: shape {mel.shape}")
+    mel = np.ascontiguousarray(mel, dtype=np.float32)
+    if not np.isfinite(mel).all():
+        raise MelMismatchError(f"{path} holds NaN or infinite values; compute the mel again")
+    return mel
+
+
+def write_mel(path: str | os.PathLike[str], mel: np.ndarray) -> None:
+    """Writes a mel (n_mels, F) as float32 .npy, never half written.
+
+    Raises:
+        MelMismatchError: If the suffix is another, or the folder is missing or cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".npy":
+        raise MelMismatchError(f"cannot write {path}: the name of a mel file must end in .npy")
+    with _writing(path, MelMismatchError) as temporary:
+        np.save(temporary, np.asarray(mel, dtype=np.float32), allow_pickle=False)
+
+
+def _existing_file(path: str | os.PathLike[str], error: type[WaveflowError]) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise error(f"{path} is a folder, not a file")
+    if not path.exists():
+        raise error(f"{path} does not exist")
+    return path
+
+
+@contextmanager
+def _writing(path: Path, error: type[WaveflowError]) -> Iterator[Path]:
+    """`atomic_path` whose failures are one line for the user."""
+    if path.is_dir():
+        raise error(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise error(f"cannot write {path}: there is no folder {path.parent}")
+    try:
+        with atomic_path(path) as temporary:
+            yield temporary
+    except (OSError, soundfile.LibsndfileError) as cause:
+        reason = getattr(cause, "strerror", None) or cause
+        raise error(f"cannot write {path}: {reason}") from cause
+
+
+def _load_numpy(path: Path) -> np.ndarray:
+    try:
+        loaded: Any = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            names = loaded.files
+            name = "mel" if "mel" in names else names[0] if len(names) == 1 else None
+            if name is not None:
+                return loaded[name]
+    except Exception as error:  # damaged files raise from numpy, zipfile, zlib and the parser
+        raise MelMismatchError(
+            f"{path} is damaged or not a NumPy file of plain numbers (pickled objects are refused)"
+        ) from error
+    raise MelMismatchError(
+        f"{path} holds the arrays {', '.join(names) or '(none)'}; "
+        "keep one array, or name the mel `mel`"
+    )
+
+
+def _load_tensor(path: Path) -> np.ndarray:
+    import torch
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has no common class for what a damaged file raises
+        raise MelMismatchError(f"{path} is damaged or not a file with a plain tensor") from error
+    if not isinstance(loaded, torch.Tensor):
+        raise MelMismatchError(f"{path} holds a {type(loaded).__name__}; expected one tensor")
+    # NumPy knows neither sparse tensors nor bfloat16.
+    dense = loaded.detach().to_dense()
+    return (dense.float() if dense.is_floating_point() else dense).numpy()

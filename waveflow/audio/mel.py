@@ -1,0 +1,263 @@
+"""Mel spectrograms: their settings, their computation, and telling a foreign one by its values."""
+
+from functools import lru_cache
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from waveflow.audio.stft import Padding, PadMode, edge_padding, hann_window, stft
+
+
+class MelConfig(BaseModel):
+    """Settings of a log-mel spectrogram: log(max(filterbank . |STFT|^power, log_floor)).
+
+    The logarithm is natural. A window shorter than n_fft sits in the middle of its frame.
+
+    Example:
+        >>> MelConfig(sample_rate=22050).n_frames(22050)
+        86
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sample_rate: int = Field(gt=0, description="Hz")
+    n_fft: int = Field(default=1024, gt=1)
+    hop_length: int = Field(default=256, gt=0)
+    win_length: int = Field(default=1024, gt=0)
+    n_mels: int = Field(default=80, gt=0)
+    f_min: float = Field(default=0.0, ge=0, description="Hz, lower edge of the lowest band")
+    f_max: float | None = Field(
+        default=8000.0, description="Hz, upper edge of the highest; None: Nyquist"
+    )
+    padding: Padding = Field(default="hop", description="Framing, see waveflow.audio.stft")
+    pad_mode: PadMode = "reflect"
+    mel_scale: Literal["slaney", "htk"] = "slaney"
+    norm: Literal["slaney"] | None = "slaney"
+    power: Literal[1, 2] = 1
+    magnitude_floor: float = Field(
+        default=0.0, ge=0, description="Added to |STFT|^2, under the root"
+    )
+    log_floor: float = Field(default=1e-5, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        nyquist = self.sample_rate / 2
+        if self.f_max is not None and self.f_max > nyquist:
+            raise ValueError(
+                f"f_max {self.f_max:g} Hz is above half the sample rate, {nyquist:g} Hz"
+            )
+        if self.f_min >= self.f_max_hz:
+            raise ValueError(f"f_min {self.f_min:g} Hz is not below f_max {self.f_max_hz:g} Hz")
+        if self.n_fft % 2:
+            raise ValueError(f"n_fft {self.n_fft} is odd; it must be even")
+        if self.win_length > self.n_fft:
+            raise ValueError(f"win_length {self.win_length} is longer than n_fft {self.n_fft}")
+        if self.hop_length > self.win_length:
+            raise ValueError(
+                f"hop_length {self.hop_length} is longer than win_length {self.win_length}: "
+                "no frame would see the samples between"
+            )
+        if self.padding == "hop" and (self.n_fft - self.hop_length) % 2:
+            raise ValueError(
+                f"padding 'hop' adds (n_fft - hop_length) / 2 samples, so n_fft {self.n_fft} and "
+                f"hop_length {self.hop_length} must be both even or both odd"
+            )
+        return self
+
+    @property
+    def f_max_hz(self) -> float:
+        """Upper edge of the highest band in Hz."""
+        return self.sample_rate / 2 if self.f_max is None else self.f_max
+
+    def n_frames(self, n_samples: int) -> int:
+        """Frames of `n_samples` of audio; at least 1, as short audio is extended by zeros."""
+        n_hops = n_samples // self.hop_length
+        return 1 + n_hops if self.padding == "center" else max(1, n_hops)
+
+    @property
+    def margin_frames(self) -> int:
+        """Frames at each side of a cut, made at a whole hop, that depend on what was cut off."""
+        edge = edge_padding(self.n_fft, self.hop_length, self.padding)
+        left = (self.n_fft - self.win_length) // 2 - edge
+        last = 0 if self.padding == "center" else -self.hop_length
+        right = left + self.win_length + last
+        return -(-max(-left, right, 0) // self.hop_length)
+
+
+MEL_PRESETS: dict[str, MelConfig] = {
+    # NVIDIA/tacotron2 TacotronSTFT, also the mel of its WaveGlow.
+    "nvidia": MelConfig(sample_rate=22050, padding="center"),
+    # jik876/hifi-gan mel_spectrogram with center=False.
+    "hifigan": MelConfig(sample_rate=22050, padding="hop", magnitude_floor=1e-9),
+}
+
+
+def _hz_to_mel(hz: np.ndarray, scale: str) -> np.ndarray:
+    if scale == "htk":
+        return 2595.0 * np.log10(1.0 + hz / 700.0)
+    # Slaney 1998: linear to 1 kHz (15 mel), then 27 steps for each factor of 6.4.
+    above = 15.0 + np.log(np.maximum(hz, 1000.0) / 1000.0) * (27.0 / np.log(6.4))
+    return np.where(hz < 1000.0, hz * (3.0 / 200.0), above)
+
+
+def _mel_to_hz(mel: np.ndarray, scale: str) -> np.ndarray:
+    if scale == "htk":
+        return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
+    above = 1000.0 * np.exp((mel - 15.0) * (np.log(6.4) / 27.0))
+    return np.where(mel < 15.0, mel * (200.0 / 3.0), above)
+
+
+def _band_edges_hz(config: MelConfig) -> np.ndarray:
+    """(n_mels + 2,): band i rises from edge i to its centre i + 1 and falls to edge i + 2."""
+    low, high = _hz_to_mel(np.array([config.f_min, config.f_max_hz]), config.mel_scale)
+    return _mel_to_hz(np.linspace(low, high, config.n_mels + 2), config.mel_scale)
+
+
+def mel_center_hz(config: MelConfig) -> np.ndarray:
+    """Centre of each mel band in Hz, (n_mels,) float64."""
+    return _band_edges_hz(config)[1:-1]
+
+
+def mel_filterbank(config: MelConfig) -> np.ndarray:
+    """Triangular mel filters, (n_mels, n_fft // 2 + 1) float64, as librosa.filters.mel gives.
+
+    Reference: Slaney, Auditory Toolbox, 1998 (scale and area normalisation); HTK Book, section 5.4.
+    """
+    edges = _band_edges_hz(config)
+    bins = np.linspace(0.0, config.sample_rate / 2, config.n_fft // 2 + 1)
+    slopes = (bins - edges[:, None]) / np.diff(edges, append=np.inf)[:, None]
+    rising, falling = slopes[:-2], 1.0 - slopes[1:-1]
+    weights = np.maximum(0.0, np.minimum(rising, falling))
+    if config.norm == "slaney":
+        weights *= (2.0 / (edges[2:] - edges[:-2]))[:, None]
+    return weights
+
+
+@lru_cache(maxsize=64)
+def _projection(
+    config: MelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[slice, Tensor]:
+    """The bins that any band covers and their weights (bins, n_mels). Cached: do not write."""
+    weights = mel_filterbank(config)
+    used = np.flatnonzero(weights.any(axis=0))
+    bins = slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 1)
+    # A tensor made in inference mode could never be used in training, and this one is kept.
+    with torch.inference_mode(False):
+        projection = torch.from_numpy(np.ascontiguousarray(weights[:, bins].T))
+        return bins, projection.to(device=device, dtype=dtype)
+
+
+class MelSpectrogram(nn.Module):
+    """Log-mel spectrogram of a batch of audio, differentiable, on any device.
+
+    It has no parameters or buffers and computes in the type of its input: float64 audio gives a
+    true float64 mel; half precision is computed and returned in float32, also under autocast.
+
+    Example:
+        >>> MelSpectrogram(MEL_PRESETS["hifigan"])(torch.zeros(2, 2560)).shape
+        torch.Size([2, 80, 10])
+    """
+
+    def __init__(self, config: MelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """Natural logarithm of the mel, floored at log(log_floor).
+
+        Args:
+            audio: (B, T) or (T,) in [-1, 1] at the config's sample rate.
+
+        Returns:
+            (B, n_mels, F) or (n_mels, F) with F = config.n_frames(T).
+        """
+        return self.linear(audio).clamp_min(self.config.log_floor).log()
+
+    def linear(self, audio: Tensor) -> Tensor:
+        """The mel before its logarithm; shapes as in `forward`."""
+        if audio.dtype in (torch.float16, torch.bfloat16):
+            audio = audio.float()
+        batched = torch.atleast_2d(audio)
+        with torch.autocast(audio.device.type, enabled=False):
+            mel = self.of_spectrum(self.spectrum(batched)).transpose(1, 2)
+        return mel if audio.dim() == 2 else mel[0]
+
+    def spectrum(self, audio: Tensor) -> Tensor:
+        """Complex STFT (B, F, n_fft // 2 + 1) of (B, T) in this mel's framing."""
+        c = self.config
+        window = hann_window(c.win_length, c.n_fft, audio.dtype, audio.device)
+        if c.padding == "hop" and audio.shape[1] < c.hop_length:
+            audio = functional.pad(audio, (0, c.hop_length - audio.shape[1]))
+        return stft(audio, c.n_fft, c.hop_length, window, c.padding, c.pad_mode)
+
+    def of_spectrum(self, spectrum: Tensor) -> Tensor:
+        """Linear mel, time-major (B, F, n_mels), of a complex spectrum (B, F, bins)."""
+        bins, projection = _projection(self.config, spectrum.real.dtype, spectrum.device)
+        used = spectrum[..., bins]
+        energy = used.real.square() + used.imag.square() + self.config.magnitude_floor
+        if self.config.power == 2:
+            return energy @ projection
+        # The root's slope is infinite at 0 (digital silence): the clamp gives gradient 0 there.
+        return energy.clamp_min(torch.finfo(energy.dtype).tiny).sqrt() @ projection
+
+
+# Share of the known range (log_floor to full voice) that log10 values of speech never sink below,
+# and natural logarithms of speech, even four times louder than usual, do.
+_DARKEST = 0.42
+_FEWEST_FRAMES = 24
+
+
+def describe_foreign_mel(mel: np.ndarray, low: np.ndarray, high: np.ndarray) -> str | None:
+    """Says what a mel looks like if its values cannot be natural logarithms of magnitudes.
+
+    Meant for a warning: it sees values, not history. A plausible mel may still be wrong (other band
+    edges), what is too short to tell passes, and a clip that drowns in noise may be named wrongly.
+    Thresholds were checked on five voices, pieces of 3 frames to whole clips, gains 0.1 to 4.
+
+    Args:
+        mel: (n_mels, F), finite.
+        low: (n_mels,), least value of each band in the model's training data.
+        high: (n_mels,), greatest value.
+
+    Returns:
+        Words such as "log10 instead of the natural logarithm", or None if it is plausible.
+    """
+    least, most, mean = float(mel.min()), float(mel.max()), float(mel.mean())
+    # Even a floor of 1e-10 is -23.03 as a natural logarithm.
+    if least < -24.0:
+        return "decibels instead of the natural logarithm"
+    # All bands of all frames above magnitude 1 would be a full-scale roar.
+    if least >= 0.0:
+        # Linear magnitudes have a few high peaks, a compressed scale is spread over its range.
+        if most <= 1.01 and mean > 0.12 * most:
+            return "normalised to [0, 1]"
+        return "linear magnitude (no logarithm)"
+    # Speech, loud or quiet, has some dark spot (pauses, high bands of vowels) in the lower part of
+    # the known range. A handful of frames need not show one.
+    depth = np.quantile((mel - low[:, None]) / np.maximum(high - low, 1.0)[:, None], 0.005)
+    if depth < _DARKEST or mel.shape[1] < _FEWEST_FRAMES:
+        return None
+    return _describe_shrunk(mel)
+
+
+def _describe_shrunk(mel: np.ndarray) -> str:
+    """Tells log10 from normalised scales, for values too high to be natural logarithms."""
+    least, most, mean = float(mel.min()), float(mel.max()), float(mel.mean())
+    unit_variance = "normalised to zero mean and unit variance"
+    if least >= -1.01 and most <= 1.01:
+        return "normalised to [-1, 1]"
+    if abs(mean) < 0.05 and abs(float(mel.std()) - 1.0) < 0.05:
+        return unit_variance
+    # Normalised decibels are cut at -4 in quiet clips and go beyond 1.4 in loud ones, as log10 of
+    # full-scale speech (e^3.2) never does. Scaled by a corpus' mean and variance, speech has its
+    # floor, where many values lie, near -3, and log10's is at -5 or lower.
+    floored = float((mel <= least + 1e-3).mean()) > 1e-3
+    if -4.01 <= least < -3.3 and most <= 4.01 and (floored or most > 1.4):
+        return "normalised to [-4, 4]"
+    if least < -3.3 or (mean < -1.25 and not floored):
+        return "log10 instead of the natural logarithm"
+    return unit_variance
