@@ -1,0 +1,73 @@
+"""Weights in the layout of the published WaveGlow code."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from waveflow.bijections import InvertibleConv1x1
+from waveflow.errors import CheckpointError
+from waveflow.flow import Flow
+from waveflow.models.waveglow import WaveGlowConfig, waveglow
+from waveflow.nn.wavenet import WaveNet
+
+
+def from_nvidia(state_dict: Mapping[str, Tensor], config: WaveGlowConfig) -> Flow:
+    """A WaveGlow with published weights; see `load_nvidia_state_dict`."""
+    flow = waveglow(config)
+    load_nvidia_state_dict(flow, state_dict)
+    return flow
+
+
+def load_nvidia_state_dict(flow: Flow, state_dict: Mapping[str, Tensor]) -> None:
+    """Loads weights named as in the published code, weight norm as `weight_g`, `weight_v`.
+
+    Args:
+        flow: a flow that `waveglow` built.
+        state_dict: tensors by name, such as a safetensors file holds.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or belongs to no layer.
+    """
+    names = nvidia_names(flow)
+    if missing := sorted(names.keys() - state_dict.keys()):
+        raise CheckpointError(
+            f"{len(missing)} tensors are missing, {missing[0]!r} the first: are these the weights "
+            "of this configuration, in the fused layout with weight norm?"
+        )
+    if unknown := sorted(state_dict.keys() - names.keys()):
+        raise CheckpointError(
+            f"{len(unknown)} tensors belong to no layer, {unknown[0]!r} the first: are these the "
+            "weights of this configuration?"
+        )
+    own = flow.state_dict()
+    converted = {}
+    for name, own_name in names.items():
+        tensor = state_dict[name]
+        if name.startswith("convinv."):
+            tensor = tensor.squeeze(-1)
+        if tensor.shape != own[own_name].shape:
+            raise CheckpointError(
+                f"{name!r} has shape {tuple(state_dict[name].shape)}, but this configuration "
+                f"needs {tuple(own[own_name].shape)}"
+            )
+        converted[own_name] = tensor
+    flow.load_state_dict(converted)
+
+
+def nvidia_names(flow: Flow) -> dict[str, str]:
+    """The flow's own name of each parameter, by its name in the published code."""
+    names = {
+        f"upsample.{kind}": f"conditioner.upsample.convolution.{kind}"
+        for kind in ("weight", "bias")
+    }
+    # Both lists are in the order of the flows, because modules are listed depth first.
+    matrices = [n for n, m in flow.named_modules() if isinstance(m, InvertibleConv1x1)]
+    networks = [(n, m) for n, m in flow.named_modules() if isinstance(m, WaveNet)]
+    for k, name in enumerate(matrices):
+        names[f"convinv.{k}.conv.weight"] = f"{name}.weight"
+    for k, (name, network) in enumerate(networks):
+        for own, _ in network.named_parameters():
+            published = own.replace("parametrizations.weight.original0", "weight_g")
+            published = published.replace("parametrizations.weight.original1", "weight_v")
+            names[f"WN.{k}.{published}"] = f"{name}.{own}"
+    return names

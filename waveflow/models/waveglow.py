@@ -1,0 +1,128 @@
+"""WaveGlow (Prenger, Valle, Catanzaro 2018), as its published code builds it."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from waveflow.bijections import (
+    Affine,
+    Chain,
+    Condition,
+    Coupling,
+    FactorOut,
+    Halves,
+    InvertibleConv1x1,
+    Squeeze,
+)
+from waveflow.bijections.squeeze import squeeze
+from waveflow.flow import Flow
+from waveflow.nn.upsample import Upsample
+from waveflow.nn.wavenet import WaveNet
+
+
+class WaveGlowConfig(BaseModel):
+    """Sizes of a WaveGlow; the defaults are the published model of 256 channels.
+
+    Attributes:
+        n_mels: M, mel bands.
+        hop_length: audio samples for each mel frame.
+        n_flows: steps of flow, each a 1x1 convolution and a coupling (paper: 12).
+        squeeze_factor: audio samples in a vector (paper: groups of 8).
+        n_early_every: flows between two early outputs (paper: 4).
+        n_early_size: channels that leave at an early output (paper: 2).
+        n_layers: dilated layers in each coupling's network (paper: 8).
+        hidden_channels: channels of its residual and skip paths (paper: 512 and 256; the
+            published code's configuration: 256 both).
+        kernel_size: width of its dilated convolutions (paper: 3).
+        upsample_kernel: taps of the transposed convolution that upsamples the mel.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["waveglow"] = "waveglow"
+    n_mels: PositiveInt = 80
+    hop_length: PositiveInt = 256
+    n_flows: PositiveInt = 12
+    squeeze_factor: PositiveInt = 8
+    n_early_every: PositiveInt = 4
+    n_early_size: PositiveInt = 2
+    n_layers: PositiveInt = 8
+    hidden_channels: PositiveInt = 256
+    kernel_size: PositiveInt = 3
+    upsample_kernel: PositiveInt = 1024
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "WaveGlowConfig":
+        if self.squeeze_factor % 2 or self.n_early_size % 2:
+            raise ValueError(
+                f"squeeze_factor {self.squeeze_factor} and n_early_size {self.n_early_size} must "
+                "both be even, because each coupling halves the channels"
+            )
+        n_early = self.n_early_size * ((self.n_flows - 1) // self.n_early_every)
+        if n_early >= self.squeeze_factor:
+            raise ValueError(
+                f"early outputs would take {n_early} of {self.squeeze_factor} channels: choose "
+                "fewer flows, a larger n_early_every or a larger squeeze_factor"
+            )
+        if self.hop_length % self.squeeze_factor:
+            raise ValueError(
+                f"hop_length {self.hop_length} must be a multiple of squeeze_factor "
+                f"{self.squeeze_factor}"
+            )
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
+        if self.upsample_kernel < self.hop_length:
+            raise ValueError(
+                f"upsample_kernel {self.upsample_kernel} must reach over the hop of "
+                f"{self.hop_length} samples"
+            )
+        return self
+
+
+def waveglow(config: WaveGlowConfig) -> Flow:
+    """Builds the flow of figure 1 of the paper.
+
+    The paper's x in groups of 8 samples is x here, W_k the weight of `InvertibleConv1x1`, WN
+    the `WaveNet`; its t and log s are shift and log_scale, its x_a the passive and x_b the
+    active half (equations 5 to 8). Its sigma scales the noise at synthesis and is no part of
+    the density here, which has sigma 1.
+    """
+    conditioner = UpsampledMel(
+        config.n_mels, config.upsample_kernel, config.hop_length, config.squeeze_factor
+    )
+    channels = config.squeeze_factor
+    whole = level = Chain(Squeeze(config.squeeze_factor))
+    for k in range(config.n_flows):
+        if k > 0 and k % config.n_early_every == 0:
+            rest = Chain()
+            level.steps.append(FactorOut(config.n_early_size, rest))
+            level = rest
+            channels -= config.n_early_size
+        network = WaveNet(
+            in_channels=channels // 2,
+            cond_channels=config.n_mels * config.squeeze_factor,
+            hidden_channels=config.hidden_channels,
+            out_channels=Affine.n_params * channels // 2,
+            n_layers=config.n_layers,
+            kernel_size=config.kernel_size,
+        )
+        level.steps.append(InvertibleConv1x1(channels))
+        level.steps.append(Coupling(network, Affine(), Halves()))
+    return Flow(whole, conditioner, config.squeeze_factor, config.hop_length)
+
+
+class UpsampledMel(nn.Module):
+    """The mel at audio rate, squeezed along with the audio: M squeeze_factor features."""
+
+    def __init__(self, n_mels: int, kernel_size: int, hop_length: int, squeeze_factor: int) -> None:
+        super().__init__()
+        self.upsample = Upsample(n_mels, kernel_size, hop_length)
+        self.squeeze_factor = squeeze_factor
+
+    def forward(self, mel: Tensor, mask: Tensor | None = None) -> Condition:
+        """Mel (B, M, F) and mask (B, 1, F) to a condition of F hop / squeeze_factor positions."""
+        features = squeeze(self.upsample(mel, mask), self.squeeze_factor)
+        if mask is not None:
+            mask = mask.repeat_interleave(self.upsample.stride // self.squeeze_factor, 2)
+        return Condition(features, mask)

@@ -1,0 +1,27 @@
+"""Upsample: mel frames to audio samples."""
+
+from torch import Tensor, nn
+
+
+class Upsample(nn.Module):
+    """Transposed convolution from mel rate to audio rate (WaveGlow, section 2.1).
+
+    Frame f reaches samples f stride .. f stride + kernel_size - 1, so that only earlier frames
+    and its own steer a sample; what lies after the last frame's hop is cut off.
+
+    Args:
+        channels: M, bands in and out.
+        kernel_size: taps, at least `stride`.
+        stride: samples for each frame.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.convolution = nn.ConvTranspose1d(channels, channels, kernel_size, stride)
+
+    def forward(self, mel: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mel (B, M, F), valid where mask (B, 1, F) is 1, to (B, M, F stride)."""
+        if mask is not None:
+            mel = mel * mask
+        return self.convolution(mel)[..., : mel.shape[2] * self.stride]
