@@ -1,0 +1,240 @@
+"""FrameGlow: WaveGlow moved to the mel-frame rate, with a harmonic source from the mel.
+
+    x --LappedSqueeze(hop)--> y (B, hop bins, L frames)
+    u = y exp(-envelope(mel)) + source(mel)                     the mel-informed base
+    levels: odd bins by the energy of even ones, then the same among the even ones
+    K times: affine coupling on even / odd bins, invertible 1x1 convolution
+    z ~ N(0, 1)
+
+WaveGlow (Prenger et al. 2018) runs its networks 2,756 times a second on aliased polyphase
+channels; here every channel is a frequency band and the networks run 86 times a second. The
+mel tells each band's level, so the flow starts close to right. It tells the pitch too but not
+the phase: a head reads F0 from the mel, a pulse train follows it, and its lapped transform E
+(with the one in quadrature: amplitude and phase in each bin) enters every coupling, as a
+shift and as "demodulated" inputs, the passive bins times E, which are the phase of the signal
+relative to the source. E is a function of the mel, so the likelihood stays exact.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from waveflow.audio.mel import MelConfig, mel_center_hz
+from waveflow.bijections import (
+    Affine,
+    AllActive,
+    Bijection,
+    Chain,
+    Condition,
+    Coupling,
+    EvenOdd,
+    InvertibleConv1x1,
+    LappedSqueeze,
+    OnChannels,
+)
+from waveflow.bijections.base import full_precision
+from waveflow.flow import Flow
+from waveflow.nn.frame import ConvNeXt, GatedStack
+from waveflow.nn.pitch import PitchHead
+from waveflow.nn.source import HarmonicSource
+
+
+class FrameGlowConfig(BaseModel):
+    """Sizes of a FrameGlow; bins = the mel's hop length."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["frameglow"] = "frameglow"
+    n_levels: int = Field(default=4, ge=0, le=6)
+    n_flows: int = Field(default=4, ge=0)
+    network: Literal["wavenet", "convnext"] = "wavenet"
+    hidden_channels: int = Field(default=96, gt=0)
+    dilations: tuple[int, ...] = (1, 2, 4)
+    encoder_channels: int = Field(default=128, gt=0)
+    encoder_layers: int = Field(default=4, ge=0)
+    log_scale_bound: float = Field(default=3.0, gt=0)
+
+
+def frameglow(config: FrameGlowConfig, mel: MelConfig) -> Flow:
+    """The Flow of a config, for mels of the given settings."""
+    bins = mel.hop_length
+    layout = FeatureLayout(config.encoder_channels, bins)
+    steps: list[Bijection] = [
+        LappedSqueeze(bins),
+        Coupling(BaseNetwork(layout), Affine(), AllActive()),
+    ]
+    for k in range(config.n_levels):
+        levels = Coupling(LevelNetwork(layout, bins // 2 ** (k + 1)), Affine(), EvenOdd())
+        steps.append(OnChannels(slice(0, None, 2**k), levels))
+    for k in range(config.n_flows):
+        network = FrameNetwork(layout, config, odd_is_active=k % 2 == 0)
+        affine = Affine(bound=config.log_scale_bound)
+        steps += [
+            Coupling(network, affine, EvenOdd(swap=k % 2 == 1)),
+            InvertibleConv1x1(bins, start="identity"),
+        ]
+    return Flow(Chain(*steps), FrameConditioner(layout, config, mel), bins, bins)
+
+
+class FeatureLayout:
+    """Where the parts of the condition's features lie: h, source, quadrature, envelope."""
+
+    def __init__(self, encoder_channels: int, bins: int) -> None:
+        self.bins = bins
+        self.encoder_channels = encoder_channels
+        self.sizes = [encoder_channels, bins, bins, bins]
+
+    def split(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(B, M, L) -> h (B, L, H), source, quadrature and envelope (B, L, bins)."""
+        h, source, quadrature, envelope = features.transpose(1, 2).split(self.sizes, -1)
+        return h, source, quadrature, envelope
+
+
+class FrameConditioner(nn.Module):
+    """mel (B, M, F) -> features: encoder, harmonic source and the envelope of the bins."""
+
+    band_to_bin: Tensor
+
+    def __init__(self, layout: FeatureLayout, config: FrameGlowConfig, mel: MelConfig) -> None:
+        super().__init__()
+        width = config.encoder_channels
+        self.pitch = PitchHead(mel.n_mels)
+        self.source = HarmonicSource(mel.sample_rate, mel.hop_length)
+        self.in_phase = LappedSqueeze(layout.bins)
+        self.in_quadrature = LappedSqueeze(layout.bins, quadrature=True)
+        self.enter = nn.Linear(mel.n_mels + 1, width)
+        self.encoder = ConvNeXt(width, config.encoder_layers)
+        self.norm = nn.LayerNorm(width)
+        self.register_buffer("band_to_bin", _interpolation(mel), persistent=False)
+
+    def forward(self, mel: Tensor, mask: Tensor | None = None) -> Condition:
+        # Log-mels of speech lie in -11.5 .. 2: brought to the order of one.
+        x = self.normalise(mel)
+        mask_l1 = None if mask is None else mask.transpose(1, 2)
+        # Envelope, pitch and phase under autocast would be heard.
+        with full_precision(mel):
+            envelope = mel.transpose(1, 2) @ self.band_to_bin
+            with torch.no_grad():
+                logits, voicing = self.pitch(x, mask_l1)
+                f0 = _hold_last(self.pitch.f0_hz(logits), mask)
+                # In training the phase of the source's start is random: none is to be learnt.
+                start = torch.rand(len(f0), device=f0.device).double() if self.training else None
+                pulses = self.source(f0, start)[:, None]
+            edges = Condition(mel, mask)
+            source = self.in_phase(pulses, edges)[0].transpose(1, 2)
+            quadrature = self.in_quadrature(pulses, edges)[0].transpose(1, 2)
+        h = self.enter(torch.cat([x, voicing.sigmoid()[..., None]], -1))
+        h = self.norm(self.encoder(h, mask_l1))
+        features = torch.cat([h, source, quadrature, envelope], -1)
+        return Condition(features.transpose(1, 2), mask)
+
+    @staticmethod
+    def normalise(mel: Tensor) -> Tensor:
+        """mel (B, M, F) -> the networks' input (B, F, M)."""
+        return (mel.transpose(1, 2) + 5) / 3
+
+
+class BaseNetwork(nn.Module):
+    """Level and harmonic shift of every bin from the condition alone."""
+
+    def __init__(self, layout: FeatureLayout) -> None:
+        super().__init__()
+        self.layout = layout
+        # A Slaney mel of white noise lies 0.2 below the log level of a lapped bin.
+        self.level_bias = nn.Parameter(torch.full((layout.bins,), 0.2))
+        self.level = _zero_linear(layout.encoder_channels, layout.bins)
+        self.gains = _zero_linear(layout.encoder_channels, 2 * layout.bins)
+
+    def forward(self, passive: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        h, source, quadrature, envelope = self.layout.split(features)
+        level = envelope + self.level_bias + self.level(h)
+        gain, quadrature_gain = self.gains(h).chunk(2, -1)
+        shift = gain * source + quadrature_gain * quadrature
+        return torch.cat([shift, -level], -1).transpose(1, 2)
+
+
+class LevelNetwork(nn.Module):
+    """Levels of the odd bins from the energy of the even ones around them.
+
+    The mel gives the level of a band, and none above f_max; how loud a bin is beside its
+    neighbours is most of what the signal itself can add: a log-scale a(h) + b(h) log energy,
+    the energy of four passive bins in three frames.
+    """
+
+    def __init__(self, layout: FeatureLayout, n_active: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.slope_and_offset = _zero_linear(layout.encoder_channels, 2 * n_active)
+
+    def forward(self, passive: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        h, *_ = self.layout.split(features)
+        energy = passive.square() if mask is None else passive.square() * mask
+        around = F.pad(energy.transpose(1, 2)[:, None], (1, 2, 1, 1))
+        energy = F.avg_pool2d(around, (3, 4), stride=1)[:, 0]
+        slope, offset = self.slope_and_offset(h).chunk(2, -1)
+        log_scale = offset + slope * (energy + 0.01).log()
+        return torch.cat([torch.zeros_like(log_scale), log_scale], -1).transpose(1, 2)
+
+
+class FrameNetwork(nn.Module):
+    """The network of a coupling: passive bins (B, bins / 2, L) to shift and log-scale."""
+
+    def __init__(self, layout: FeatureLayout, config: FrameGlowConfig, odd_is_active: bool) -> None:
+        super().__init__()
+        half, width = layout.bins // 2, config.hidden_channels
+        self.layout = layout
+        self.active = slice(1, None, 2) if odd_is_active else slice(0, None, 2)
+        self.passive = slice(0, None, 2) if odd_is_active else slice(1, None, 2)
+        self.enter = nn.Linear(3 * half + config.encoder_channels, width)
+        self.body: nn.Module
+        if config.network == "wavenet":
+            self.body = GatedStack(width, config.dilations)
+        else:
+            self.body = ConvNeXt(width, len(config.dilations))
+        self.norm = nn.LayerNorm(width)
+        self.leave = _zero_linear(width, 4 * half)
+
+    def forward(self, passive: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        h, source, quadrature, _ = self.layout.split(features)
+        p = passive.transpose(1, 2)
+        demodulated = [p * source[..., self.passive], p * quadrature[..., self.passive]]
+        x = self.enter(torch.cat([p, *demodulated, h], -1))
+        x = self.body(x, None if mask is None else mask.transpose(1, 2))
+        shift, log_scale, gain, quadrature_gain = self.leave(self.norm(x)).chunk(4, -1)
+        shift = shift + gain * source[..., self.active]
+        shift = shift + quadrature_gain * quadrature[..., self.active]
+        return torch.cat([shift, log_scale], -1).transpose(1, 2)
+
+
+def _zero_linear(n_in: int, n_out: int) -> nn.Linear:
+    """A layer that starts at zero, so that the flow starts as its base."""
+    linear = nn.Linear(n_in, n_out)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _interpolation(mel: MelConfig) -> Tensor:
+    """(M, bins): linear interpolation in Hz from the bands' centres to the bins' centres."""
+    bands = torch.as_tensor(mel_center_hz(mel), dtype=torch.float64)
+    bins = (torch.arange(mel.hop_length, dtype=torch.float64) + 0.5) / mel.hop_length
+    bins = (bins * mel.sample_rate / 2).clamp(bands[0], bands[-1])
+    upper = torch.searchsorted(bands, bins).clamp(1, len(bands) - 1)
+    weight = (bins - bands[upper - 1]) / (bands[upper] - bands[upper - 1])
+    matrix = torch.zeros(len(bands), len(bins), dtype=torch.float64)
+    columns = torch.arange(len(bins))
+    matrix[upper, columns] = weight
+    matrix[upper - 1, columns] = 1 - weight
+    return matrix.float()
+
+
+def _hold_last(f0: Tensor, mask: Tensor | None) -> Tensor:
+    """F0 (B, L) with each item's last valid value held through its padding."""
+    if mask is None:
+        return f0
+    last = mask.sum((1, 2)).long().clamp_min(1) - 1
+    positions = torch.arange(f0.shape[1], device=f0.device)
+    return f0.gather(1, torch.minimum(positions[None], last[:, None]))

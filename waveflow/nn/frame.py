@@ -1,0 +1,94 @@
+"""Networks at the mel-frame rate: ConvNeXt blocks and a gated (WaveNet-like) stack.
+
+All take and return (B, L, C), where the pointwise layers, nearly all of the cost, are plain
+matrix products, and an optional mask (B, L, 1): what lies beyond an item's end is zeroed
+before each convolution, so that a padded item gets what it gets alone.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DepthwiseConv(nn.Conv1d):
+    """A depthwise convolution along L of (B, L, C), zero-padded to the same length."""
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__(channels, channels, kernel_size, padding="same", groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # As a channels-last 2-D convolution it reads (B, L, C) memory without a copy.
+        image = x.transpose(1, 2)[:, :, None]
+        reach = (0, self.kernel_size[0] // 2)
+        weight = self.weight[:, :, None]
+        out = F.conv2d(image, weight, self.bias, padding=reach, groups=self.groups)
+        return out[:, :, 0].transpose(1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    """x + gain MLP(norm(depthwise(x))) with a learned gain (Liu et al. 2022, figure 4)."""
+
+    def __init__(self, channels: int, kernel_size: int = 7, expansion: int = 4) -> None:
+        super().__init__()
+        self.depthwise = DepthwiseConv(channels, kernel_size)
+        self.norm = nn.LayerNorm(channels)
+        self.expand = nn.Linear(channels, expansion * channels)
+        self.contract = nn.Linear(expansion * channels, channels)
+        self.gain = nn.Parameter(torch.full((channels,), 0.3))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.norm(self.depthwise(_zero_padding(x, mask)))
+        return torch.addcmul(x, self.contract(F.relu(self.expand(h))), self.gain)
+
+
+class ConvNeXt(nn.Module):
+    """A stack of `n_layers` ConvNeXt blocks, (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, channels: int, n_layers: int, kernel_size: int = 7) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ConvNeXtBlock(channels, kernel_size) for _ in range(n_layers))
+        self.reach = n_layers * (kernel_size // 2)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+class GatedLayer(nn.Module):
+    """x + W (tanh(a) sigmoid(b)), [a, b] a dilated convolution of x (WaveNet, equation 2)."""
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.dilated = nn.Linear(kernel_size * channels, 2 * channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        length, reach = x.shape[1], self.dilation * (self.kernel_size // 2)
+        padded = F.pad(_zero_padding(x, mask), (0, 0, reach, reach))
+        # The taps side by side make the dilated convolution one matrix product.
+        taps = [padded[:, i * self.dilation :][:, :length] for i in range(self.kernel_size)]
+        a, b = self.dilated(torch.cat(taps, -1)).chunk(2, -1)
+        return x + self.out(torch.tanh(a) * torch.sigmoid(b))
+
+
+class GatedStack(nn.Module):
+    """Gated layers of the given dilations, (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, channels: int, dilations: Sequence[int], kernel_size: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(GatedLayer(channels, kernel_size, d) for d in dilations)
+        self.reach = sum(dilations) * (kernel_size // 2)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+def _zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask

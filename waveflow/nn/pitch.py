@@ -1,0 +1,67 @@
+"""PitchHead: F0 and voicing read from the mel."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from waveflow.nn.frame import ConvNeXt
+
+N_CLASSES = 160
+CENTS_PER_CLASS = 25.0
+LOWEST_HZ = 55.0
+
+
+class PitchHead(nn.Module):
+    """Classes of 25 cents from 55 to 554 Hz, and a voicing logit, for each mel frame.
+
+    The mel (B, L, M) says where the pitch is, not where the phase is; from this F0 the
+    harmonic source is made. Trained alone on a tracker's F0, then frozen.
+    """
+
+    def __init__(self, n_mels: int, channels: int = 128, n_layers: int = 4) -> None:
+        super().__init__()
+        self.enter = nn.Linear(n_mels, channels)
+        self.body = ConvNeXt(channels, n_layers)
+        self.norm = nn.LayerNorm(channels)
+        self.leave = nn.Linear(channels, N_CLASSES + 1)
+
+    def forward(self, mel: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Class logits (B, L, 160) and voicing logit (B, L)."""
+        out = self.leave(self.norm(self.body(self.enter(mel), mask)))
+        return out[..., :N_CLASSES], out[..., N_CLASSES]
+
+    @staticmethod
+    def f0_hz(logits: Tensor) -> Tensor:
+        """F0 in Hz, (B, L): the mean class within 100 cents of the peak, by softmax weight."""
+        peak = logits.argmax(-1, keepdim=True)
+        offsets = torch.arange(-4, 5, device=logits.device)
+        near = (peak + offsets).clamp(0, N_CLASSES - 1)
+        weights = logits.gather(-1, near).softmax(-1)
+        cents = (weights * near).sum(-1) * CENTS_PER_CLASS
+        return LOWEST_HZ * torch.exp2(cents / 1200)
+
+    def loss(self, mel: Tensor, f0: Tensor) -> Tensor:
+        """Cross-entropy of class and voicing against a tracker's F0 (B, L), 0 = unvoiced."""
+        logits, voicing = self(mel)
+        voiced = (f0 > 0).to(mel.dtype)
+        cents = 1200 * torch.log2(f0.clamp_min(LOWEST_HZ) / LOWEST_HZ)
+        distance = cents[..., None] - CENTS_PER_CLASS * torch.arange(N_CLASSES, device=f0.device)
+        target = torch.exp(-0.5 * (distance / CENTS_PER_CLASS).square())
+        target = target / target.sum(-1, keepdim=True).clamp_min(1e-6)
+        pitch = -(target * logits.log_softmax(-1)).sum(-1)
+        pitch = (pitch * voiced).sum() / voiced.sum().clamp_min(1)
+        return pitch + F.binary_cross_entropy_with_logits(voicing, voiced)
+
+    @torch.no_grad()
+    def scores(self, mel: Tensor, f0: Tensor) -> tuple[float, float]:
+        """V/UV F1 and the median F0 error in cents over frames voiced in both."""
+        logits, voicing = self(mel)
+        predicted, voiced = voicing > 0, f0 > 0
+        both = predicted & voiced
+        f1 = 2 * both.sum().item() / max(1, (predicted.sum() + voiced.sum()).item())
+        if not both.any():
+            return f1, math.nan
+        cents = 1200 * torch.log2(self.f0_hz(logits)[both] / f0[both])
+        return f1, cents.abs().median().item()
