@@ -1,0 +1,1 @@
+"""Corpora, the training cache, and the segments that training draws from it."""

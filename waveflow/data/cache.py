@@ -1,0 +1,165 @@
+"""The training cache: a corpus's audio and F0 in two plain arrays, ready to be memory-mapped.
+
+A cache is a folder of `audio.npy` (int16, all clips one after another), `f0.npy` (float32, Hz, one
+value for each whole hop, 0 where unvoiced, clips one after another) and `manifest.json`, which says
+where each clip lies. `waveflow.data.prepare` writes it; reading it needs no audio library.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from waveflow.data.f0 import F0_CEILING_HZ, F0_FLOOR_HZ
+from waveflow.data.ljspeech import Split
+from waveflow.errors import DataError
+
+AUDIO_FILE = "audio.npy"
+F0_FILE = "f0.npy"
+MANIFEST_FILE = "manifest.json"
+
+_FULL_SCALE = 32768
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CachedClip(_Frozen):
+    """Where a clip lies in the cache: offsets and lengths in samples and in frames (whole hops)."""
+
+    id: str
+    corpus: str
+    split: Split
+    sample_offset: NonNegativeInt
+    samples: PositiveInt
+    frame_offset: NonNegativeInt
+    frames: PositiveInt
+
+
+class F0Settings(_Frozen):
+    """How F0 was tracked."""
+
+    method: str = "dio+stonemask"
+    floor_hz: float = F0_FLOOR_HZ
+    ceiling_hz: float = F0_CEILING_HZ
+
+
+class Manifest(_Frozen):
+    """What `manifest.json` holds."""
+
+    kind: Literal["waveflow training cache"] = "waveflow training cache"
+    format: Literal[1] = 1
+    sample_rate: PositiveInt
+    hop_length: PositiveInt
+    f0: F0Settings
+    mel: dict[str, Any]
+    sha256: dict[str, str]
+    clips: tuple[CachedClip, ...]
+
+
+class TrainingCache:
+    """A cache that `prepare` wrote, memory-mapped.
+
+    Args:
+        folder: the cache's folder.
+
+    Raises:
+        DataError: the folder is no cache, is damaged, or is of another format.
+
+    Example:
+        >>> cache = TrainingCache(Path("data/lj"))  # doctest: +SKIP
+        >>> f"{cache.hours('train'):.1f} hours"  # doctest: +SKIP
+        '23.4 hours'
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = _read_manifest(self.folder)
+        clips = self.manifest.clips
+        self._audio = self._map(AUDIO_FILE, np.int16, sum(c.samples for c in clips))
+        self._f0 = self._map(F0_FILE, np.float32, sum(c.frames for c in clips))
+
+    @property
+    def sample_rate(self) -> int:
+        """Sample rate in Hz."""
+        return self.manifest.sample_rate
+
+    @property
+    def hop_length(self) -> int:
+        """Samples for each value of F0."""
+        return self.manifest.hop_length
+
+    def clips(self, split: Split) -> list[CachedClip]:
+        """Returns the clips of a split, in the cache's order."""
+        return [clip for clip in self.manifest.clips if clip.split == split]
+
+    def hours(self, split: Split) -> float:
+        """Returns the hours of audio in a split."""
+        return sum(clip.samples for clip in self.clips(split)) / self.sample_rate / 3600
+
+    def audio(self, clip: CachedClip) -> np.ndarray:
+        """Returns a clip's audio, (samples,) int16, a view of the file."""
+        return self._audio[clip.sample_offset : clip.sample_offset + clip.samples]
+
+    def f0(self, clip: CachedClip) -> np.ndarray:
+        """Returns a clip's F0 in Hz, (frames,) float32, 0 where unvoiced, a view of the file."""
+        return self._f0[clip.frame_offset : clip.frame_offset + clip.frames]
+
+    def val_clips(self) -> Iterator[tuple[CachedClip, np.ndarray, np.ndarray]]:
+        """Yields each validation clip, its audio (samples,) float32 in [-1, 1) and F0 (frames,)."""
+        for clip in self.clips("val"):
+            yield clip, self.audio(clip).astype(np.float32) / _FULL_SCALE, self.f0(clip)
+
+    def verify(self) -> None:
+        """Compares the arrays with the checksums in the manifest; reads all of the cache.
+
+        Raises:
+            DataError: an array is not the one that `prepare` wrote.
+        """
+        for name, expected in self.manifest.sha256.items():
+            if file_sha256(self.folder / name) != expected:
+                raise DataError(f"{self.folder / name} is damaged: run waveflow prepare again")
+
+    def _map(self, name: str, dtype: type, length: int) -> np.ndarray:
+        path = self.folder / name
+        try:
+            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {path} ({error}): run waveflow prepare again") from error
+        if array.dtype != dtype or array.shape != (length,):
+            raise DataError(
+                f"{path} holds {array.dtype} {array.shape}, its manifest says"
+                f" {np.dtype(dtype)} ({length},): run waveflow prepare again"
+            )
+        return array
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise DataError(f"{folder} is no training cache (no {MANIFEST_FILE}): run waveflow prepare")
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+        raise DataError(f"cannot use {path} ({reason}): run waveflow prepare again") from error
+    sample_offset = frame_offset = 0
+    for clip in manifest.clips:
+        if (clip.sample_offset, clip.frame_offset) != (sample_offset, frame_offset) or (
+            clip.frames != clip.samples // manifest.hop_length
+        ):
+            raise DataError(f"{path}: clip {clip.id} is inconsistent: run waveflow prepare again")
+        sample_offset += clip.samples
+        frame_offset += clip.frames
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """Returns a file's SHA-256 in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

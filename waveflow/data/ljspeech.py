@@ -1,0 +1,122 @@
+"""Corpora of recorded speech on disk: LJSpeech's layout, or just a folder of audio files."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from waveflow.errors import DataError
+
+Split = Literal["train", "val"]
+
+# Of two files of one id the first suffix wins.
+CORPUS_SUFFIXES = (".wav", ".flac")
+
+VAL_FRACTION = 0.02
+
+
+@dataclass(frozen=True)
+class CorpusClip:
+    """One recording of a corpus: its id, its file, and whether it is kept out of training."""
+
+    id: str
+    path: Path
+    split: Split
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus's name (that of its folder) and its clips, in the corpus's own order."""
+
+    name: str
+    clips: tuple[CorpusClip, ...]
+
+
+def read_corpus(folder: Path) -> Corpus:
+    """Lists the clips of a corpus and splits them into training and validation.
+
+    LJSpeech's layout is `metadata.csv` with lines `ID|text|...`, `wavs/ID.wav` or `wavs/ID.flac`,
+    and optionally `val.txt`, the ids to keep out of training, one a line. A folder of audio files
+    without `metadata.csv` is a corpus too; its ids are the files' stems, in sorted order. Without
+    `val.txt` about 2 % of the clips, chosen by a hash of their ids, are for validation.
+
+    Args:
+        folder: the corpus's folder.
+
+    Raises:
+        DataError: there is no such folder, it holds no audio, or `metadata.csv` or `val.txt` name
+            clips that are not there.
+
+    Example:
+        >>> corpus = read_corpus(Path("LJSpeech-1.1"))  # doctest: +SKIP
+        >>> len(corpus.clips)  # doctest: +SKIP
+        13100
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"no such folder: {folder} (expected a corpus with metadata.csv and wavs/)")
+    metadata, listed = folder / "metadata.csv", folder / "val.txt"
+    audio_folder = folder / "wavs" if (folder / "wavs").is_dir() else folder
+    files = _audio_files(audio_folder)
+    if not files:
+        raise DataError(f"no audio in {audio_folder}: expected .wav or .flac files")
+    ids = _metadata_ids(metadata, files) if metadata.is_file() else sorted(files)
+    val = _listed_val_ids(listed, ids) if listed.is_file() else val_ids(ids)
+    clips = tuple(CorpusClip(i, files[i], "val" if i in val else "train") for i in ids)
+    return Corpus(folder.resolve().name, clips)
+
+
+def val_ids(ids: list[str]) -> set[str]:
+    """Chooses about 2 % of the ids for validation, the same ones every time.
+
+    Each id decides for itself by its hash, so clips that are added to a corpus or removed from it
+    do not move the others. Of two ids or more at least one is chosen, and never all.
+    """
+    position = {i: int(hashlib.sha256(i.encode()).hexdigest()[:8], 16) / 2**32 for i in ids}
+    ranked = sorted(position, key=lambda i: (position[i], i))
+    chosen = sum(position[i] < VAL_FRACTION for i in ranked)
+    return set(ranked[: min(max(chosen, 1), len(ranked) - 1)])
+
+
+def _audio_files(folder: Path) -> dict[str, Path]:
+    found = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in CORPUS_SUFFIXES
+        and path.is_file()
+        and not path.name.startswith(".")
+    ]
+    files: dict[str, Path] = {}
+    for path in sorted(found, key=lambda p: (CORPUS_SUFFIXES.index(p.suffix.lower()), p.name)):
+        files.setdefault(path.stem, path)
+    return files
+
+
+def _metadata_ids(metadata: Path, files: dict[str, Path]) -> list[str]:
+    # Only the ids matter here, so a text in another encoding is no reason to stop.
+    lines = metadata.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    ids = list(dict.fromkeys(line.split("|")[0].strip() for line in lines if line.strip()))
+    ids = [i.removesuffix(Path(i).suffix) if Path(i).suffix in CORPUS_SUFFIXES else i for i in ids]
+    if not ids:
+        raise DataError(f"{metadata} is empty: expected lines ID|text, or no such file")
+    missing = [i for i in ids if i not in files]
+    if missing:
+        raise DataError(
+            f"{metadata} names {len(missing)} of {len(ids)} clips that have no .wav or .flac file,"
+            f" the first is {missing[0]!r}: add the files or remove the lines"
+        )
+    return ids
+
+
+def _listed_val_ids(path: Path, ids: list[str]) -> set[str]:
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    listed = [line.strip() for line in lines if line.strip()]
+    known = set(ids)
+    unknown = [i for i in listed if i not in known]
+    # A misspelt id would silently put a validation clip into training.
+    if unknown:
+        raise DataError(
+            f"{path} names {len(unknown)} ids that the corpus does not have,"
+            f" the first is {unknown[0]!r}: correct or remove them"
+        )
+    return set(listed)
