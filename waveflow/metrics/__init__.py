@@ -1,0 +1,1 @@
+"""Figures of synthesised speech, each a small function, and their table for a model."""

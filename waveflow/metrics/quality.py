@@ -1,0 +1,84 @@
+"""Perceptual metrics that outside packages compute: PESQ-WB, STOI, DNSMOS.
+
+Each package (extra `eval`) is imported by the function that needs it, so that a metric whose
+package is missing raises ImportError and the others go on.
+"""
+
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+
+from waveflow.audio.io import resample
+
+FloatArray = NDArray[np.floating]
+
+PESQ_RATE = 16000
+DNSMOS_RATE = 16000
+
+
+def at_rate(audio: FloatArray, sample_rate: int, target_rate: int) -> FloatArray:
+    """Waveform (T,) at another rate, clipped to [-1, 1]: a filter's ripple may pass full scale."""
+    if sample_rate != target_rate:
+        audio = resample(audio, sample_rate, target_rate)
+    return np.clip(audio, -1.0, 1.0)
+
+
+def pesq_wb(reference: FloatArray, audio: FloatArray, sample_rate: int) -> float:
+    """Wideband PESQ (MOS-LQO, about 1.0 to 4.64) of `audio` against `reference`.
+
+    Args:
+        reference: (T,) recording in [-1, 1].
+        audio: (T,) its copy.
+        sample_rate: of both, in Hz; they are resampled to 16 kHz.
+
+    Raises:
+        pesq.PesqError: if no utterance is found (silence) or the clip is too short.
+        ImportError: without the package `pesq`.
+
+    Reference: ITU-T P.862.2 (2007).
+    """
+    from pesq import pesq
+
+    return float(
+        pesq(
+            PESQ_RATE,
+            at_rate(reference, sample_rate, PESQ_RATE),
+            at_rate(audio, sample_rate, PESQ_RATE),
+            "wb",
+        )
+    )
+
+
+def stoi(reference: FloatArray, audio: FloatArray, sample_rate: int) -> float:
+    """Short-time objective intelligibility (up to 1) of `audio` against `reference`, both (T,).
+
+    Below 0.4 seconds of speech the package has nothing to average: the result is then NaN.
+
+    Raises:
+        ImportError: without the package `pystoi`, which resamples to its own 10 kHz.
+
+    Reference: Taal et al. 2011.
+    """
+    from pystoi import stoi as pystoi_stoi
+
+    with warnings.catch_warnings():
+        # The package warns and returns 1e-5 where it cannot measure; a mean must not take that.
+        warnings.filterwarnings("error", "Not enough STFT frames", RuntimeWarning)
+        try:
+            return float(pystoi_stoi(reference, audio, sample_rate))
+        except RuntimeWarning:
+            return float("nan")
+
+
+def dnsmos(audio: FloatArray, sample_rate: int) -> float:
+    """Overall DNSMOS P.835 (1 to 5, no reference) of `audio` (T,) in [-1, 1].
+
+    Raises:
+        ImportError: without the package `speechmos` or the `onnxruntime` that it does not declare.
+
+    Reference: Reddy et al. 2022.
+    """
+    from speechmos import dnsmos as model
+
+    return float(model.run(at_rate(audio, sample_rate, DNSMOS_RATE), DNSMOS_RATE)["ovrl_mos"])

@@ -1,0 +1,34 @@
+"""Distances of waveforms that need no outside package."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+FloatArray = NDArray[np.floating]
+
+
+def log_mel_l1(reference: FloatArray, audio: FloatArray, mel: Callable[[Tensor], Tensor]) -> float:
+    """Mean absolute difference of two log-mels, in nats.
+
+    Args:
+        reference: (T,) in [-1, 1].
+        audio: (T,).
+        mel: From (1, T) to (1, n_mels, F), natural logarithm: a MelSpectrogram.
+    """
+    both = torch.from_numpy(np.stack([reference, audio]).astype(np.float32))
+    first, second = mel(both)
+    return float((first - second).abs().mean())
+
+
+def draw_correlation(first: FloatArray, second: FloatArray) -> float:
+    """Pearson correlation of two waveforms (T,): 1 for a model that ignores its noise.
+
+    NaN where one of them is constant.
+    """
+    a = np.asarray(first, dtype=np.float64) - np.mean(first, dtype=np.float64)
+    b = np.asarray(second, dtype=np.float64) - np.mean(second, dtype=np.float64)
+    norm = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / norm) if norm > 0 else float("nan")
