@@ -1,0 +1,94 @@
+"""Recipes: everything that decides a training run, as small TOML files."""
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from waveflow.audio.mel import MEL_PRESETS, MelConfig
+from waveflow.checkpoint import SynthesisConfig, first_problem
+from waveflow.errors import ConfigError
+from waveflow.models.registry import FlowConfig
+
+
+class TrainConfig(BaseModel):
+    """How a model is trained.
+
+    Attributes:
+        steps: optimizer steps in all.
+        batch_size, segment_frames: items of a step and their length in mel frames.
+        gain_range: random gain of each item, log-uniform.
+        likelihood_weight: of -log p, in nats per audio sample.
+        energy_weight: of the spectral energy distance of two draws; 0 leaves it out.
+        calibration_weight: of calibration; 0 leaves it out.
+        pitch_steps: first steps, which train the pitch head alone; then it is frozen.
+        learning_rate: the peak, reached linearly after `warmup_steps`; then it falls with
+            1 / sqrt(1 + step / decay_steps), which needs no end to be known.
+        clip_norm: largest norm of the gradient.
+        ema_decay: of the running mean of the weights that is validated and shipped.
+        seed: of initial weights, data order and noise.
+        validate_every, checkpoint_every: in steps.
+        precision: of the networks' matrix products; bijections stay in float32.
+        threads: of torch on a CPU.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(default=200_000, gt=0)
+    batch_size: int = Field(default=8, gt=0)
+    segment_frames: int = Field(default=64, ge=8)
+    gain_range: tuple[float, float] = (0.5, 4.0)
+    likelihood_weight: float = Field(default=1.0, ge=0)
+    energy_weight: float = Field(default=0.0, ge=0)
+    calibration_weight: float = Field(default=0.0, ge=0)
+    pitch_steps: int = Field(default=0, ge=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warmup_steps: int = Field(default=200, ge=1)
+    decay_steps: int = Field(default=4000, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    seed: int = 0
+    validate_every: int = Field(default=1000, gt=0)
+    checkpoint_every: int = Field(default=500, gt=0)
+    precision: Literal["float32", "bf16"] = "float32"
+    threads: int = Field(default=1, gt=0)
+
+
+class Recipe(BaseModel):
+    """A model, its mel and its training. `mel` may be the name of a preset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: FlowConfig
+    mel: MelConfig
+    synthesis: SynthesisConfig = SynthesisConfig()
+    train: TrainConfig = TrainConfig()
+
+    @field_validator("mel", mode="before")
+    @classmethod
+    def _preset(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value not in MEL_PRESETS:
+            raise ValueError(f"no such mel preset; there are {', '.join(MEL_PRESETS)}")
+        return MEL_PRESETS[value]
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe file.
+
+    Raises:
+        ConfigError: missing, not TOML, or a field that is unknown or out of range.
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not TOML: {error}") from error
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"recipe {path}: {first_problem(error)}") from error

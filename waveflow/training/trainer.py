@@ -1,0 +1,394 @@
+"""The training loop: step, log, validate, save, resume.
+
+Every random number of a step comes from a generator seeded by (seed, step), so a run that
+resumes at a step continues bit for bit on a CPU, and no generator has to be saved.
+"""
+
+import csv
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from waveflow.audio.mel import MelSpectrogram
+from waveflow.checkpoint import (
+    CONFIG,
+    RUN_POINTER,
+    WEIGHTS,
+    ModelConfig,
+    Provenance,
+    load_weights,
+    parse_tensors,
+    read_files,
+    resolve_run,
+    save_checkpoint,
+)
+from waveflow.data.cache import TrainingCache
+from waveflow.data.segments import SegmentSampler
+from waveflow.errors import CheckpointError, ConfigError
+from waveflow.flow import Flow
+from waveflow.models.frameglow import FrameConditioner
+from waveflow.models.registry import build_flow
+from waveflow.training.config import Recipe, TrainConfig
+from waveflow.training.losses import SpectralDistance, objectives
+from waveflow.training.validation import validate
+
+logger = logging.getLogger(__name__)
+
+TRAINING, STATE = "training.safetensors", "state.json"
+
+
+class Progress(NamedTuple):
+    """What a step reports.
+
+    Attributes:
+        step: steps done.
+        values: the step's terms by name; NaN where a term is not trained.
+        audio_seconds_per_second: audio trained on, for each second of the clock.
+        minutes_left: estimate.
+    """
+
+    step: int
+    values: dict[str, float]
+    audio_seconds_per_second: float
+    minutes_left: float
+
+
+class Trainer:
+    """A run in a folder: `Trainer(...).run()`.
+
+    Args:
+        recipe: everything that decides the run.
+        cache: training data, at the recipe's mel settings.
+        out: the run's folder; config.json, metrics.csv, checkpoints.
+        device: of the training.
+        init: weights to start from; the pitch head then counts as trained.
+        resume: continue the run that is in `out`, from its last checkpoint.
+        data: what the data is, in words, for the checkpoint's provenance.
+        licence: of the weights.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        cache: TrainingCache,
+        out: Path,
+        device: str = "cpu",
+        init: tuple[Path, dict[str, Tensor]] | None = None,
+        resume: bool = False,
+        data: str = "",
+        licence: str = "",
+    ) -> None:
+        config = recipe.train
+        torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.recipe, self.cache, self.out = recipe, cache, out
+        self.device = torch.device(device)
+        self.flow = build_flow(recipe.model, recipe.mel).to(self.device)
+        if init is not None:
+            load_weights(self.flow, init[1], init[0])
+        self.pitch_steps = config.pitch_steps if init is None else 0
+        if self.pitch_steps and not _pitch_head(self.flow):
+            raise ConfigError(f"pitch_steps {config.pitch_steps}: this model has no pitch head")
+        self.mel = MelSpectrogram(recipe.mel).to(self.device)
+        self.spectral = SpectralDistance(recipe.mel).to(self.device)
+        self.sampler = SegmentSampler(
+            cache,
+            config.segment_frames,
+            config.batch_size,
+            recipe.mel,
+            config.seed,
+            config.gain_range,
+        )
+        # One optimizer for both phases: parameters without a gradient are left alone.
+        self.optimizer = torch.optim.AdamW(
+            self.flow.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
+        )
+        self.ema = {name: t.detach().clone() for name, t in self.flow.state_dict().items()}
+        self.step, self.minutes, self.skipped = 0, 0.0, 0
+        self.best: float | None = None
+        self.best_name: str | None = None
+        self.provenance = Provenance(
+            data=data, licence=licence, mel_range=_mel_range(cache, recipe)
+        )
+        if resume:
+            self._load()
+        else:
+            self._start_folder()
+
+    def run(
+        self,
+        max_minutes: float = math.inf,
+        report: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        """Trains until `steps` are done or the clock has run for `max_minutes`, then saves."""
+        config = self.recipe.train
+        begin, saved_minutes = time.monotonic(), self.minutes
+        first = self.step
+        with MetricsLog(self.out) as log:
+            while self.step < config.steps:
+                values = self._train_step()
+                self.step += 1
+                elapsed = (time.monotonic() - begin) / 60
+                self.minutes = saved_minutes + elapsed
+                done = self.step - first
+                audio_seconds = (
+                    done
+                    * config.batch_size
+                    * config.segment_frames
+                    * self.recipe.mel.hop_length
+                    / self.recipe.mel.sample_rate
+                )
+                left = min(elapsed / done * (config.steps - self.step), max_minutes - elapsed)
+                report(Progress(self.step, values, audio_seconds / (elapsed * 60), left))
+                if self.step % 20 == 0:
+                    log.add("train", self.step, self.minutes, values)
+                last = self.step == config.steps or elapsed >= max_minutes
+                if (last or self.step % config.validate_every == 0) and not self._in_pitch():
+                    self._validate(log)
+                if last or self.step % config.checkpoint_every == 0:
+                    self._save()
+                if last:
+                    break
+
+    def _in_pitch(self) -> bool:
+        return self.step < self.pitch_steps
+
+    def _train_step(self) -> dict[str, float]:
+        """One optimizer step; its terms. A non-finite one is skipped and counted."""
+        config = self.recipe.train
+        in_pitch = self._in_pitch()
+        torch.manual_seed(config.seed * 1_000_003 + self.step)
+        batch = self.sampler.batch(self.step)
+        audio, f0 = batch.audio.to(self.device), batch.f0.to(self.device)
+        hop, margin = self.recipe.mel.hop_length, self.recipe.mel.margin_frames
+        mel = self.mel(audio)[:, :, margin : margin + config.segment_frames]
+        audio = audio[:, margin * hop : (margin + config.segment_frames) * hop]
+
+        self.flow.train()
+        head = _pitch_head(self.flow)
+        if head is not None:
+            head.requires_grad_(in_pitch)
+        if in_pitch:
+            assert head is not None
+            loss = head.loss(FrameConditioner.normalise(mel), f0)
+            values = {"pitch_loss": loss.item()}
+        else:
+            terms = objectives(
+                self.flow,
+                self.spectral,
+                audio,
+                mel,
+                energy=config.energy_weight > 0,
+                calibration=config.calibration_weight > 0,
+                precision=config.precision,
+            )
+            loss = config.likelihood_weight * terms.nll
+            values = {"log_likelihood": -terms.nll.item()}
+            for name, weight in (
+                ("energy", config.energy_weight),
+                ("calibration", config.calibration_weight),
+            ):
+                term = getattr(terms, name)
+                if term is not None:
+                    loss = loss + weight * term
+                    values[name] = term.item()
+
+        rate = learning_rate(config, self.step if in_pitch else self.step - self.pitch_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), config.clip_norm)
+        values["gradient_norm"] = norm.item()
+        if math.isfinite(values["gradient_norm"]) and math.isfinite(loss.item()):
+            self.optimizer.step()
+            self._update_ema()
+        else:
+            self.skipped += 1
+            logger.warning("step %d skipped: loss or gradient is not finite", self.step)
+        return values
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        # Young averages forget faster, or the random start would be in them for long.
+        decay = min(self.recipe.train.ema_decay, (1 + self.step) / (10 + self.step))
+        for name, value in self.flow.state_dict().items():
+            if value.is_floating_point():
+                self.ema[name].lerp_(value, 1 - decay)
+            else:
+                self.ema[name].copy_(value)
+
+    def _validate(self, log: "MetricsLog") -> None:
+        averaged = build_flow(self.recipe.model, self.recipe.mel).to(self.device)
+        averaged.load_state_dict(self.ema)
+        result = validate(averaged.prepare_for_inference(), self.cache, self.mel, self.device)
+        values = {
+            "log_likelihood": result.log_likelihood,
+            "draw_log_likelihood": result.draw_log_likelihood,
+        }
+        log.add("validation", self.step, self.minutes, values)
+        log.add_audio(self.step, result.example, self.recipe.mel.sample_rate)
+        logger.info(
+            "step %d, %.1f minutes: validation log-likelihood %.4f, own draws %.4f",
+            self.step,
+            self.minutes,
+            result.log_likelihood,
+            result.draw_log_likelihood,
+        )
+        self.provenance = self.provenance.model_copy(
+            update={"steps": self.step, "minutes": round(self.minutes, 2), **values}
+        )
+        if self.best is None or result.log_likelihood > self.best:
+            self.best, self.best_name = result.log_likelihood, self._name()
+            self._save()
+
+    def _name(self) -> str:
+        return f"step-{self.step:08d}"
+
+    def _save(self) -> None:
+        """Writes this step's checkpoint, then points to it, then removes the older ones."""
+        config = ModelConfig(
+            model=self.recipe.model,
+            mel=self.recipe.mel,
+            synthesis=self.recipe.synthesis,
+            provenance=self.provenance,
+        )
+        parameters = dict(self.flow.named_parameters())
+        tensors = {f"raw.{name}": t for name, t in self.flow.state_dict().items()}
+        for name, parameter in parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        state = {
+            "step": self.step,
+            "minutes": self.minutes,
+            "skipped": self.skipped,
+            "pitch_steps": self.pitch_steps,
+            "best": self.best,
+            "best_name": self.best_name,
+        }
+        extra = {
+            TRAINING: save_safetensors({k: v.cpu().contiguous() for k, v in tensors.items()}),
+            STATE: (json.dumps(state, indent=1) + "\n").encode(),
+        }
+        save_checkpoint(self.out / self._name(), config, self.ema, extra)
+        keep = {"last": self._name(), "best": self.best_name or self._name()}
+        _write_atomic(self.out / RUN_POINTER, json.dumps(keep, indent=1) + "\n")
+        for folder in self.out.glob("step-*"):
+            if folder.name not in keep.values():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _load(self) -> None:
+        """Takes up the last checkpoint of the run in `out`."""
+        if not (self.out / RUN_POINTER).is_file():
+            raise CheckpointError(f"nothing to resume in {self.out}: it has no {RUN_POINTER}")
+        stored = self.out / "recipe.json"
+        if not stored.is_file() or Recipe.model_validate_json(stored.read_bytes()) != self.recipe:
+            raise ConfigError(f"{stored} is not this recipe: resume with the recipe of the run")
+        folder = resolve_run(self.out, "last")
+        files = read_files(folder)
+        if TRAINING not in files or STATE not in files:
+            raise CheckpointError(f"{folder} holds no {TRAINING} and {STATE}: cannot resume")
+        tensors = parse_tensors(files[TRAINING], folder / TRAINING)
+        raw = {k.removeprefix("raw."): v for k, v in tensors.items() if k.startswith("raw.")}
+        load_weights(self.flow, raw, folder)
+        self.ema = {
+            k: v.to(self.device) for k, v in parse_tensors(files[WEIGHTS], folder / WEIGHTS).items()
+        }
+        for name, parameter in self.flow.named_parameters():
+            moments: dict[str, Any] = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors.get(f"optimizer.{key}.{name}")
+                if value is not None:
+                    moments[key] = value if key == "step" else value.to(self.device)
+            if moments:
+                self.optimizer.state[parameter] = moments
+        state = json.loads(files[STATE])
+        self.step, self.minutes = state["step"], state["minutes"]
+        self.skipped, self.pitch_steps = state["skipped"], state["pitch_steps"]
+        self.best, self.best_name = state["best"], state["best_name"]
+        self.provenance = ModelConfig.model_validate_json(files[CONFIG]).provenance
+
+    def _start_folder(self) -> None:
+        if (self.out / RUN_POINTER).exists():
+            raise ConfigError(f"{self.out} holds a run: use --resume or name another folder")
+        self.out.mkdir(parents=True, exist_ok=True)
+        _write_atomic(self.out / "recipe.json", self.recipe.model_dump_json(indent=1) + "\n")
+
+
+class MetricsLog:
+    """metrics.csv of a run always, and TensorBoard where it is installed."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / "metrics.csv"
+        self.folder = out
+
+    def __enter__(self) -> "MetricsLog":
+        self.file = open(self.path, "a", newline="")
+        self.writer = csv.writer(self.file)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            logger.info("tensorboard is not installed: metrics go to %s alone", self.path)
+            self.board = None
+        else:
+            self.board = SummaryWriter(str(self.folder))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def add(self, kind: str, step: int, minutes: float, values: dict[str, float]) -> None:
+        """Appends rows of kind, step, minutes, name, value."""
+        for name, value in values.items():
+            self.writer.writerow([kind, step, f"{minutes:.3f}", name, f"{value:.6g}"])
+            if self.board is not None:
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+        self.file.flush()
+
+    def add_audio(self, step: int, audio: Tensor, sample_rate: int) -> None:
+        """A draw (T,) for TensorBoard."""
+        if self.board is not None:
+            self.board.add_audio("draw", audio[None].clamp(-1, 1), step, sample_rate)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then 1 / sqrt(1 + step / decay_steps)."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps)
+    return config.learning_rate * warmup / math.sqrt(1 + step / config.decay_steps)
+
+
+def _pitch_head(flow: Flow) -> Any:
+    return getattr(flow.conditioner, "pitch", None)
+
+
+def _mel_range(cache: TrainingCache, recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Lowest and highest value of each band over (at most 200) training clips."""
+    clips = cache.clips("train")
+    mel = MelSpectrogram(recipe.mel)
+    low, high = math.inf, -math.inf
+    lows, highs = torch.full((recipe.mel.n_mels,), low), torch.full((recipe.mel.n_mels,), high)
+    for clip in clips[:: max(1, len(clips) // 200)]:
+        frames = mel(torch.from_numpy(cache.audio(clip) / 32768.0).float())
+        lows = torch.minimum(lows, frames.amin(1))
+        highs = torch.maximum(highs, frames.amax(1))
+    return tuple(lows.tolist()), tuple(highs.tolist())
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
