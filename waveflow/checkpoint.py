@@ -93,6 +93,9 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint folder; an older one of this name is replaced.
 
+    A folder cannot be exchanged in one step everywhere: the older one is renamed to
+    `.NAME.old` first and removed last, so that at every moment one of the two is there, whole.
+
     Args:
         folder: its parent exists.
         weights: the model's state dict.
@@ -106,6 +109,7 @@ def save_checkpoint(
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files[MANIFEST] = (json.dumps({"format": FORMAT, "sha256": hashes}, indent=1) + "\n").encode()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -114,13 +118,26 @@ def save_checkpoint(
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(temporary, folder)
+        _exchange(temporary, folder, old)
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoint {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(new: Path, folder: Path, old: Path) -> None:
+    """Puts `new` in the place of `folder`, which stays if that fails."""
+    if not folder.exists():
+        os.rename(new, folder)
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+        except BaseException:
+            os.rename(old, folder)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_files(folder: Path, verify: bool = True) -> dict[str, bytes]:
@@ -183,7 +200,7 @@ def parse_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
     """A safetensors file, with its errors as one line."""
     try:
         return load_safetensors(data)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a type that torch lacks
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
@@ -197,15 +214,19 @@ def load_weights(flow: Flow, weights: dict[str, Tensor], source: Path) -> None:
                 f"{source} {problem} tensor {min(names)!r} ({len(names)} such): "
                 "weights and config do not fit"
             )
+    fitted = {}
     for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
+        own = expected[name]
+        kinds_differ = tensor.is_floating_point() != own.is_floating_point()
+        if tensor.shape != own.shape or kinds_differ:
             raise CheckpointError(
-                f"{source}: {name} is {tuple(tensor.shape)}, the config makes it "
-                f"{tuple(expected[name].shape)}"
+                f"{source}: {name} is {tensor.dtype} {tuple(tensor.shape)}, the config makes it "
+                f"{own.dtype} {tuple(own.shape)}"
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        fitted[name] = tensor.to(own.dtype)
+        if not torch.isfinite(fitted[name]).all():
             raise CheckpointError(f"{source}: {name} holds values that are not finite")
-    flow.load_state_dict({k: v.to(expected[k].dtype) for k, v in weights.items()})
+    flow.load_state_dict(fitted)
 
 
 def first_problem(error: ValidationError) -> str:
@@ -222,14 +243,14 @@ def _read(folder: Path, name: str) -> bytes:
         raise CheckpointError(f"no checkpoint folder {folder}")
     try:
         return (folder / name).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{folder} has no readable {name}: not a checkpoint") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise CheckpointError(f"{folder} has no readable {name!r}: not a checkpoint") from error
 
 
 def _json(data: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")

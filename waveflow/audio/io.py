@@ -121,17 +121,14 @@ def to_int16(audio: np.ndarray) -> np.ndarray:
 
 def write_audio(
     path: str | os.PathLike[str], audio: np.ndarray, sample_rate: int, float32: bool = False
-) -> float:
-    """Writes audio, clipped to [-1, 1]: the one place that clips.
+) -> None:
+    """Writes audio in [-1, 1]; 16-bit integers saturate, floats are written as they are.
 
     Args:
         path: A .wav or .flac file; replaced if it is there, and never half written.
         audio: (T,), finite.
         sample_rate: Hz.
         float32: 32-bit floats instead of 16-bit integers (.wav only).
-
-    Returns:
-        Share of samples that were beyond [-1, 1], 0 to 1.
 
     Raises:
         AudioError: If the suffix is another, the audio is not (T,) or not finite, or the folder is
@@ -148,12 +145,10 @@ def write_audio(
         raise AudioError(f"cannot write {path}: audio of shape {audio.shape}, expected (samples,)")
     if not np.isfinite(audio).all():
         raise AudioError(f"cannot write {path}: the audio holds NaN or infinite samples")
-    clipped = np.clip(audio, -1.0, 1.0)
-    samples = clipped.astype(np.float32) if float32 else to_int16(clipped)
+    samples = audio.astype(np.float32) if float32 else to_int16(audio)
     with _writing(path, AudioError) as temporary:
         subtype = "FLOAT" if float32 else "PCM_16"
         soundfile.write(temporary, samples, sample_rate, subtype, format=_FORMATS[suffix])
-    return float(np.mean(np.abs(audio) > 1.0))
 
 
 def read_mel(path: str | os.PathLike[str]) -> np.ndarray:

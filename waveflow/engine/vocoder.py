@@ -15,6 +15,9 @@ from waveflow.errors import AudioError, ConfigError, MelMismatchError
 from waveflow.flow import Flow
 from waveflow.pretrained import find_model
 
+# Past _clipped (or its like), __call__ and the frame of its decorator.
+_CALLER = 4
+
 
 class VocoderWarning(UserWarning):
     """What a listener should know: a foreign mel, or a waveform that was clipped."""
@@ -95,7 +98,7 @@ class Vocoder:
         steps = self._checked_refine(refine)
         if not 0 <= sigma <= 10:
             raise ConfigError(f"sigma {sigma} is out of range: give a number from 0 to 10")
-        seeds = [seed] * len(batch) if isinstance(seed, int) else list(seed)
+        seeds = [int(seed)] * len(batch) if isinstance(seed, int | np.integer) else list(seed)
         if len(seeds) != len(batch):
             raise ConfigError(f"{len(seeds)} seeds for {len(batch)} mels: give one for each")
         self._warn_of_foreign(batch)
@@ -170,7 +173,7 @@ class Vocoder:
 
     def _checked_mel(self, mel: Tensor | np.ndarray) -> tuple[Tensor, bool]:
         """(B, M, F) float32 on the device, and whether the batch axis was added."""
-        batch = torch.as_tensor(mel, dtype=torch.float32, device=self.device)
+        batch = self._as_tensor(mel)
         squeezed = batch.dim() == 2
         batch = batch[None] if squeezed else batch
         n_mels = self.mel_config.n_mels
@@ -190,12 +193,19 @@ class Vocoder:
         return batch, squeezed
 
     def _checked_audio(self, audio: Tensor | np.ndarray) -> Tensor:
-        samples = torch.as_tensor(audio, dtype=torch.float32, device=self.device)
+        samples = self._as_tensor(audio)
         if samples.dim() not in (1, 2) or not samples.numel():
             raise AudioError(f"audio is (T,) or (B, T) and not empty, not {tuple(samples.shape)}")
         if not torch.isfinite(samples).all():
             raise AudioError("this audio holds NaN or infinite samples")
         return samples
+
+    def _as_tensor(self, values: Tensor | np.ndarray) -> Tensor:
+        if isinstance(values, np.ndarray):
+            # A copy: torch takes no reversed, byte-swapped or read-only arrays.
+            with np.errstate(over="ignore"):  # what overflows is refused as infinite
+                values = torch.from_numpy(np.array(values, np.float32, order="C"))
+        return torch.as_tensor(values, dtype=torch.float32, device=self.device)
 
     def _checked_refine(self, refine: int | None) -> int:
         if refine is None:
@@ -215,7 +225,7 @@ class Vocoder:
                 warnings.warn(
                     f"this mel looks {found}; the model takes natural logarithms of magnitudes",
                     VocoderWarning,
-                    stacklevel=3,
+                    stacklevel=_CALLER,
                 )
                 return
 
@@ -226,7 +236,7 @@ class Vocoder:
             warnings.warn(
                 f"{100 * share:.2g} % of the samples were clipped to [-1, 1]",
                 VocoderWarning,
-                stacklevel=3,
+                stacklevel=_CALLER,
             )
         return audio.clamp(-1, 1)
 

@@ -36,6 +36,7 @@ from waveflow.bijections import (
     OnChannels,
 )
 from waveflow.bijections.base import full_precision
+from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.nn.frame import ConvNeXt, GatedStack
 from waveflow.nn.pitch import PitchHead
@@ -59,8 +60,18 @@ class FrameGlowConfig(BaseModel):
 
 
 def frameglow(config: FrameGlowConfig, mel: MelConfig) -> Flow:
-    """The Flow of a config, for mels of the given settings."""
+    """The Flow of a config, for mels of the given settings.
+
+    Raises:
+        ConfigError: the bins cannot be halved as often as the levels need.
+    """
     bins = mel.hop_length
+    halved = 2 ** max(1, config.n_levels)
+    if bins % halved:
+        raise ConfigError(
+            f"hop_length {bins} is not a multiple of {halved}, which n_levels {config.n_levels} "
+            "needs: give fewer levels or another hop"
+        )
     layout = FeatureLayout(config.encoder_channels, bins)
     steps: list[Bijection] = [
         LappedSqueeze(bins),

@@ -83,7 +83,7 @@ def read_recipe(path: Path) -> Recipe:
         ConfigError: missing, not TOML, or a field that is unknown or out of range.
     """
     try:
-        data = tomllib.loads(path.read_text())
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

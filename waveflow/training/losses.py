@@ -1,5 +1,6 @@
 """The three objectives of training: likelihood, spectral energy distance and calibration."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ class _Magnitudes(torch.autograd.Function):
         return audio, None
 
 
-def _energy(features: Tensor, distance) -> Tensor:
+def _energy(features: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     x, first, second = features.chunk(3)
     return (distance(x, first) + distance(x, second) - distance(first, second)) / 2
 

@@ -4,10 +4,10 @@ Every random number of a step comes from a generator seeded by (seed, step), so 
 resumes at a step continues bit for bit on a CPU, and no generator has to be saved.
 """
 
-import csv
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
@@ -25,7 +26,9 @@ from waveflow.checkpoint import (
     WEIGHTS,
     ModelConfig,
     Provenance,
+    first_problem,
     load_weights,
+    parse_config,
     parse_tensors,
     read_files,
     resolve_run,
@@ -33,12 +36,14 @@ from waveflow.checkpoint import (
 )
 from waveflow.data.cache import TrainingCache
 from waveflow.data.segments import SegmentSampler
-from waveflow.errors import CheckpointError, ConfigError
+from waveflow.data.statistics import mel_range
+from waveflow.errors import CheckpointError, ConfigError, DataError
 from waveflow.flow import Flow
 from waveflow.models.frameglow import FrameConditioner
 from waveflow.models.registry import build_flow
 from waveflow.training.config import Recipe, TrainConfig
-from waveflow.training.losses import SpectralDistance, objectives
+from waveflow.training.log import MetricsLog
+from waveflow.training.losses import WINDOWS, SpectralDistance, objectives
 from waveflow.training.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -51,7 +56,7 @@ class Progress(NamedTuple):
 
     Attributes:
         step: steps done.
-        values: the step's terms by name; NaN where a term is not trained.
+        values: by name, the terms that this step trained and the gradient's norm.
         audio_seconds_per_second: audio trained on, for each second of the clock.
         minutes_left: estimate.
     """
@@ -62,18 +67,36 @@ class Progress(NamedTuple):
     minutes_left: float
 
 
+class RunState(BaseModel):
+    """state.json: where a run stands, beside its weights and moments."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    minutes: float
+    skipped: int
+    pitch_steps: int
+    best: float | None
+    best_name: str | None
+
+
 class Trainer:
     """A run in a folder: `Trainer(...).run()`.
 
     Args:
         recipe: everything that decides the run.
         cache: training data, at the recipe's mel settings.
-        out: the run's folder; config.json, metrics.csv, checkpoints.
+        out: the run's folder; recipe.json, metrics.csv, checkpoints.
         device: of the training.
         init: weights to start from; the pitch head then counts as trained.
         resume: continue the run that is in `out`, from its last checkpoint.
         data: what the data is, in words, for the checkpoint's provenance.
         licence: of the weights.
+
+    Raises:
+        ConfigError: the recipe cannot be trained, or is not that of the run that is resumed.
+        CheckpointError: there is nothing to resume, or it is damaged.
+        DataError: the cache does not fit, or nothing in it is for training or for validation.
     """
 
     def __init__(
@@ -88,6 +111,7 @@ class Trainer:
         licence: str = "",
     ) -> None:
         config = recipe.train
+        _check(recipe, cache)
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.recipe, self.cache, self.out = recipe, cache, out
@@ -120,7 +144,7 @@ class Trainer:
         self.best: float | None = None
         self.best_name: str | None = None
         self.provenance = Provenance(
-            data=data, licence=licence, mel_range=_mel_range(cache, recipe)
+            data=data, licence=licence, mel_range=mel_range(cache, recipe.mel)
         )
         if resume:
             self._load()
@@ -140,7 +164,7 @@ class Trainer:
             while self.step < config.steps:
                 values = self._train_step()
                 self.step += 1
-                elapsed = (time.monotonic() - begin) / 60
+                elapsed = max(time.monotonic() - begin, 1e-9) / 60  # clocks can be coarse
                 self.minutes = saved_minutes + elapsed
                 done = self.step - first
                 audio_seconds = (
@@ -155,9 +179,10 @@ class Trainer:
                 if self.step % 20 == 0:
                     log.add("train", self.step, self.minutes, values)
                 last = self.step == config.steps or elapsed >= max_minutes
+                save = last or self.step % config.checkpoint_every == 0
                 if (last or self.step % config.validate_every == 0) and not self._in_pitch():
-                    self._validate(log)
-                if last or self.step % config.checkpoint_every == 0:
+                    save = self._validate(log) or save
+                if save:
                     self._save()
                 if last:
                     break
@@ -230,7 +255,8 @@ class Trainer:
             else:
                 self.ema[name].copy_(value)
 
-    def _validate(self, log: "MetricsLog") -> None:
+    def _validate(self, log: MetricsLog) -> bool:
+        """Validates the averaged weights; whether they are the best so far."""
         averaged = build_flow(self.recipe.model, self.recipe.mel).to(self.device)
         averaged.load_state_dict(self.ema)
         result = validate(averaged.prepare_for_inference(), self.cache, self.mel, self.device)
@@ -250,9 +276,11 @@ class Trainer:
         self.provenance = self.provenance.model_copy(
             update={"steps": self.step, "minutes": round(self.minutes, 2), **values}
         )
-        if self.best is None or result.log_likelihood > self.best:
-            self.best, self.best_name = result.log_likelihood, self._name()
-            self._save()
+        best = -math.inf if self.best is None else self.best
+        if not result.log_likelihood > best:
+            return False
+        self.best, self.best_name = result.log_likelihood, self._name()
+        return True
 
     def _name(self) -> str:
         return f"step-{self.step:08d}"
@@ -270,22 +298,23 @@ class Trainer:
         for name, parameter in parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-        state = {
-            "step": self.step,
-            "minutes": self.minutes,
-            "skipped": self.skipped,
-            "pitch_steps": self.pitch_steps,
-            "best": self.best,
-            "best_name": self.best_name,
-        }
+        state = RunState(
+            step=self.step,
+            minutes=self.minutes,
+            skipped=self.skipped,
+            pitch_steps=self.pitch_steps,
+            best=self.best,
+            best_name=self.best_name,
+        )
         extra = {
             TRAINING: save_safetensors({k: v.cpu().contiguous() for k, v in tensors.items()}),
-            STATE: (json.dumps(state, indent=1) + "\n").encode(),
+            STATE: (state.model_dump_json(indent=1) + "\n").encode(),
         }
         save_checkpoint(self.out / self._name(), config, self.ema, extra)
         keep = {"last": self._name(), "best": self.best_name or self._name()}
         _write_atomic(self.out / RUN_POINTER, json.dumps(keep, indent=1) + "\n")
-        for folder in self.out.glob("step-*"):
+        # Those that begin with a dot are what a killed save left.
+        for folder in [*self.out.glob("step-*"), *self.out.glob(".step-*")]:
             if folder.name not in keep.values():
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -294,7 +323,8 @@ class Trainer:
         if not (self.out / RUN_POINTER).is_file():
             raise CheckpointError(f"nothing to resume in {self.out}: it has no {RUN_POINTER}")
         stored = self.out / "recipe.json"
-        if not stored.is_file() or Recipe.model_validate_json(stored.read_bytes()) != self.recipe:
+        recipe = _stored_recipe(stored)
+        if recipe is None or _endless(recipe) != _endless(self.recipe):
             raise ConfigError(f"{stored} is not this recipe: resume with the recipe of the run")
         folder = resolve_run(self.out, "last")
         files = read_files(folder)
@@ -314,55 +344,23 @@ class Trainer:
                     moments[key] = value if key == "step" else value.to(self.device)
             if moments:
                 self.optimizer.state[parameter] = moments
-        state = json.loads(files[STATE])
-        self.step, self.minutes = state["step"], state["minutes"]
-        self.skipped, self.pitch_steps = state["skipped"], state["pitch_steps"]
-        self.best, self.best_name = state["best"], state["best_name"]
-        self.provenance = ModelConfig.model_validate_json(files[CONFIG]).provenance
+        try:
+            state = RunState.model_validate_json(files[STATE])
+        except ValidationError as error:
+            raise CheckpointError(f"{folder / STATE}: {first_problem(error)}") from error
+        self.step, self.minutes = state.step, state.minutes
+        self.skipped, self.pitch_steps = state.skipped, state.pitch_steps
+        self.best, self.best_name = state.best, state.best_name
+        self.provenance = parse_config(files[CONFIG], folder / CONFIG).provenance
 
     def _start_folder(self) -> None:
         if (self.out / RUN_POINTER).exists():
             raise ConfigError(f"{self.out} holds a run: use --resume or name another folder")
-        self.out.mkdir(parents=True, exist_ok=True)
-        _write_atomic(self.out / "recipe.json", self.recipe.model_dump_json(indent=1) + "\n")
-
-
-class MetricsLog:
-    """metrics.csv of a run always, and TensorBoard where it is installed."""
-
-    def __init__(self, out: Path) -> None:
-        self.path = out / "metrics.csv"
-        self.folder = out
-
-    def __enter__(self) -> "MetricsLog":
-        self.file = open(self.path, "a", newline="")
-        self.writer = csv.writer(self.file)
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            logger.info("tensorboard is not installed: metrics go to %s alone", self.path)
-            self.board = None
-        else:
-            self.board = SummaryWriter(str(self.folder))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-    def add(self, kind: str, step: int, minutes: float, values: dict[str, float]) -> None:
-        """Appends rows of kind, step, minutes, name, value."""
-        for name, value in values.items():
-            self.writer.writerow([kind, step, f"{minutes:.3f}", name, f"{value:.6g}"])
-            if self.board is not None:
-                self.board.add_scalar(f"{kind}/{name}", value, step)
-        self.file.flush()
-
-    def add_audio(self, step: int, audio: Tensor, sample_rate: int) -> None:
-        """A draw (T,) for TensorBoard."""
-        if self.board is not None:
-            self.board.add_audio("draw", audio[None].clamp(-1, 1), step, sample_rate)
+            self.out.mkdir(parents=True, exist_ok=True)
+            _write_atomic(self.out / "recipe.json", self.recipe.model_dump_json(indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"cannot write the run {self.out}: {error.strerror}") from error
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -371,24 +369,37 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * warmup / math.sqrt(1 + step / config.decay_steps)
 
 
+def _check(recipe: Recipe, cache: TrainingCache) -> None:
+    segment = recipe.train.segment_frames * recipe.mel.hop_length
+    if recipe.train.energy_weight and segment < max(WINDOWS):
+        raise ConfigError(
+            f"segment_frames {recipe.train.segment_frames} are {segment} samples; the energy "
+            f"distance needs {max(WINDOWS)}: give longer segments"
+        )
+    if not cache.clips("val"):
+        raise DataError(f"{cache.folder} has no validation clips: keep some in val.txt")
+
+
+def _stored_recipe(path: Path) -> Recipe | None:
+    try:
+        return Recipe.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _endless(recipe: Recipe) -> Recipe:
+    """The recipe without its end, which a run may move."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 1})})
+
+
 def _pitch_head(flow: Flow) -> Any:
     return getattr(flow.conditioner, "pitch", None)
 
 
-def _mel_range(cache: TrainingCache, recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Lowest and highest value of each band over (at most 200) training clips."""
-    clips = cache.clips("train")
-    mel = MelSpectrogram(recipe.mel)
-    low, high = math.inf, -math.inf
-    lows, highs = torch.full((recipe.mel.n_mels,), low), torch.full((recipe.mel.n_mels,), high)
-    for clip in clips[:: max(1, len(clips) // 200)]:
-        frames = mel(torch.from_numpy(cache.audio(clip) / 32768.0).float())
-        lows = torch.minimum(lows, frames.amin(1))
-        highs = torch.maximum(highs, frames.amax(1))
-    return tuple(lows.tolist()), tuple(highs.tolist())
-
-
 def _write_atomic(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)

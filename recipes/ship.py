@@ -1,0 +1,50 @@
+"""From a run to a model that ships: its best checkpoint without training state.
+
+    python recipes/ship.py RUN NAME EXAMPLE_CLIP
+
+Writes pretrained/NAME with float16 weights and the mel of a validation clip as example.npy.
+The model card, README.md, is written by hand and stays.
+"""
+
+import argparse
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from waveflow.audio.io import read_audio
+from waveflow.checkpoint import load_checkpoint, save_checkpoint
+from waveflow.engine.vocoder import Vocoder
+
+
+def main() -> None:
+    """Ships the run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("example", type=Path)
+    args = parser.parse_args()
+    config, flow = load_checkpoint(args.run)
+    vocoder = Vocoder(config, flow)
+    audio, _, _ = read_audio(args.example, vocoder.sample_rate)
+    example = io.BytesIO()
+    np.save(example, vocoder.mel(audio).numpy())
+    weights = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in flow.state_dict().items()
+    }
+    folder = Path(__file__).parent.parent / "pretrained" / args.name
+    card = (folder / "README.md").read_bytes() if (folder / "README.md").is_file() else None
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    folder.parent.mkdir(exist_ok=True)
+    save_checkpoint(folder, config, weights, {"example.npy": example.getvalue()})
+    if card is not None:
+        (folder / "README.md").write_bytes(card)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,68 @@
+"""Fixtures that several test files share: a tiny model, a voice, a corpus."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+SAMPLE_RATE = 22050
+N_MELS = 80
+
+
+def make_voice(seconds: float, seed: int = 0, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """Something with pitch, pauses and noise, (T,) float32: harmonics under a slow envelope."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(round(seconds * sample_rate)) / sample_rate
+    f0 = 120 + 30 * seed + 20 * np.sin(2 * np.pi * 2 * time)
+    phase = 2 * np.pi * np.cumsum(f0) / sample_rate
+    voiced = sum(np.sin(k * phase) / k for k in range(1, 20))
+    envelope = np.clip(np.sin(2 * np.pi * 1.5 * time + 0.3), 0, None)
+    noise = rng.standard_normal(len(time))
+    return (0.15 * voiced * envelope + 0.002 * noise).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a FrameGlow with random weights, too small to be of use."""
+    import torch
+
+    from waveflow.audio.mel import MEL_PRESETS
+    from waveflow.checkpoint import ModelConfig, Provenance, SynthesisConfig, save_checkpoint
+    from waveflow.models.frameglow import FrameGlowConfig
+    from waveflow.models.registry import build_flow
+
+    config = ModelConfig(
+        model=FrameGlowConfig(
+            n_flows=1, hidden_channels=16, dilations=(1,), encoder_channels=16, encoder_layers=1
+        ),
+        mel=MEL_PRESETS["hifigan"],
+        synthesis=SynthesisConfig(refine_steps=2),
+        provenance=Provenance(
+            data="a made-up voice",
+            licence="CC0-1.0",
+            steps=3,
+            log_likelihood=1.25,
+            mel_range=((-11.5,) * N_MELS, (2.0,) * N_MELS),
+        ),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        flow = build_flow(config.model, config.mel)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_checkpoint(folder, config, flow.state_dict())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four clips in LJSpeech's layout, the last of them for validation."""
+    corpus = tmp_path_factory.mktemp("corpora") / "tiny"
+    (corpus / "wavs").mkdir(parents=True)
+    ids = [f"clip{i}" for i in range(4)]
+    for seed, clip in enumerate(ids):
+        voice = make_voice(0.7, seed)
+        soundfile.write(corpus / "wavs" / f"{clip}.wav", voice, SAMPLE_RATE, "PCM_16")
+    (corpus / "metadata.csv").write_text("".join(f"{clip}|words|words\n" for clip in ids))
+    (corpus / "val.txt").write_text(f"{ids[-1]}\n")
+    return corpus

@@ -1,0 +1,908 @@
+"""The command line: every verb, option and error, in process; a few as a process of its own."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import typer
+from conftest import N_MELS, SAMPLE_RATE, make_voice
+
+from waveflow import __version__
+from waveflow.audio.mel import MEL_PRESETS, MelSpectrogram
+from waveflow.cli.main import app, main
+from waveflow.cli.options import MelPreset
+from waveflow.engine.cost import count_parameters, macs_per_second, measure_speed
+from waveflow.engine.vocoder import load
+
+VERBS = ("vocode", "resynth", "mel", "prepare", "train", "evaluate", "info")
+HOP = 256
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Calls the command line in process."""
+
+    def call(*args: str | Path) -> Result:
+        capsys.readouterr()
+        status = main([str(arg) for arg in args])
+        return Result(status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def _threads_are_restored():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def wav(tmp_path: Path) -> Path:
+    """A recording whose length is no multiple of the hop."""
+    return write_wav(tmp_path / "in.wav", make_voice(0.5))
+
+
+@pytest.fixture
+def mel_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mel.npy"
+    np.save(path, voice_mel())
+    return path
+
+
+def write_wav(path: Path, audio: np.ndarray, rate: int = SAMPLE_RATE, subtype="PCM_16") -> Path:
+    soundfile.write(path, audio, rate, subtype)
+    return path
+
+
+def voice_mel(seconds: float = 0.4, seed: int = 0) -> np.ndarray:
+    audio = torch.from_numpy(make_voice(seconds, seed))
+    return MelSpectrogram(MEL_PRESETS["hifigan"])(audio).numpy()
+
+
+def samples(path: Path) -> np.ndarray:
+    return soundfile.read(path, dtype="float32")[0]
+
+
+def assert_one_line(result: Result, *words: str, status: int = 2) -> None:
+    """An error as the command line promises it: one line on stderr, nothing on stdout."""
+    assert result.status == status, result
+    assert result.out == ""
+    assert result.err.count("\n") == 1, result.err
+    assert result.err.startswith("waveflow: ")
+    for word in words:
+        assert word in result.err
+
+
+# Help and version
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fits_80_columns_and_has_examples(
+    run: Run, verb: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = run(verb, "--help")
+    assert result.status == 0 and result.err == ""
+    assert "Examples" in result.out
+    assert max(map(len, result.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_in_the_help_parse(run: Run, verb: str):
+    text = run(verb, "--help").out.replace("\\\n", " ")
+    examples = [line.split() for line in text.splitlines() if f"  waveflow {verb}" in line]
+    assert examples
+    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    for _, _, *args in examples:
+        command.make_context(verb, shlex.split(" ".join(args)))
+
+
+def test_without_a_verb_the_help_lists_all_verbs(run: Run):
+    result = run()
+    assert result.status == 0
+    assert max(map(len, result.out.splitlines())) <= 80
+    for verb in VERBS:
+        assert f"\n  {verb} " in result.out
+
+
+def test_version(run: Run):
+    assert run("--version") == Result(0, f"waveflow {__version__}\n", "")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from waveflow.cli.main import main; main(['vocode', '--help']); "
+        "print({'torch', 'numpy', 'soundfile'} & set(sys.modules))"
+    )
+    result = process(["-c", code])
+    assert result.stdout.endswith("set()\n"), result
+
+
+def test_presets_are_those_of_the_library():
+    assert list(MelPreset) == list(MEL_PRESETS)[::-1]
+
+
+# vocode
+
+
+def test_vocode_writes_16_bit_wav(run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path):
+    out = tmp_path / "out.wav"
+    assert run("vocode", mel_file, "-o", out, "--model", tiny_model) == Result(0, "", "")
+    written = soundfile.info(out)
+    assert (written.format, written.subtype, written.channels) == ("WAV", "PCM_16", 1)
+    assert written.samplerate == SAMPLE_RATE
+    assert written.frames == np.load(mel_file).shape[1] * HOP
+    expected = load(tiny_model)(np.load(mel_file))
+    # Half a step of 16 bits is what rounding may change.
+    assert np.abs(samples(out) - expected.numpy()).max() <= 0.5 / 32768 + 1e-7
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind"),
+    [
+        ("out.flac", [], ("FLAC", "PCM_16")),
+        ("out.FLAC", [], ("FLAC", "PCM_16")),
+        ("out.wav", ["--float"], ("WAV", "FLOAT")),
+    ],
+)
+def test_output_format(
+    run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path, name: str, options, kind
+):
+    out = tmp_path / name
+    assert run("vocode", mel_file, "-o", out, "--model", tiny_model, *options).status == 0
+    assert (soundfile.info(out).format, soundfile.info(out).subtype) == kind
+
+
+def test_all_mel_formats_give_the_same(run: Run, tmp_path: Path, tiny_model: Path):
+    mel = voice_mel()
+    np.save(tmp_path / "a.npy", mel[None])
+    np.savez(tmp_path / "b.npz", anything=mel)
+    np.savez(tmp_path / "c.npz", mel=mel, other=np.zeros(3))
+    torch.save(torch.from_numpy(mel), tmp_path / "d.pt")
+    outputs = []
+    for source in ("a.npy", "b.npz", "c.npz", "d.pt"):
+        out = tmp_path / f"{source}.wav"
+        assert run("vocode", tmp_path / source, "-o", out, "--model", tiny_model).status == 0
+        outputs.append(out.read_bytes())
+    assert len(set(outputs)) == 1
+
+
+def test_an_output_file_is_overwritten(run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path):
+    out = tmp_path / "out.wav"
+    out.write_text("old")
+    assert run("vocode", mel_file, "-o", out, "--model", tiny_model).status == 0
+    assert len(samples(out)) > 0
+
+
+def test_seed_sigma_and_refine_do_what_they_say(
+    run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path
+):
+    def audio(*options: str) -> bytes:
+        out = tmp_path / "out.wav"
+        assert run("vocode", mel_file, "-o", out, "--model", tiny_model, *options).status == 0
+        return out.read_bytes()
+
+    plain = audio()
+    assert audio() == audio("--seed", "0") == audio("--sigma", "1") == plain
+    assert audio("--refine", "2") == plain  # the tiny model's own
+    assert audio("--refine", "0") != plain
+    assert audio("--seed", "1") != plain
+    assert audio("--sigma", "0.5") != plain
+    # Without noise there is nothing left for the seed to decide.
+    assert audio("--sigma", "0", "--seed", "0") == audio("--sigma", "0", "--seed", "1")
+
+
+def test_threads(run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path):
+    args = ("vocode", mel_file, "-o", tmp_path / "out.wav", "--model", tiny_model)
+    for n in (2, 1):
+        assert run(*args, "--threads", str(n)).status == 0
+        assert torch.get_num_threads() == n
+
+
+def test_clipping_is_noted_once_with_the_file(run: Run, tmp_path: Path, tiny_model: Path):
+    loud, out = tmp_path / "loud.npy", tmp_path / "out.wav"
+    np.save(loud, np.full((N_MELS, 8), 4.0, np.float32) - 12 * (np.arange(8) == 0))
+    result = run("vocode", loud, "-o", out, "--model", tiny_model, "--float")
+    assert result.status == 0
+    assert result.err.count("\n") == 1
+    assert f"{loud}: " in result.err and "clipped" in result.err
+    assert np.abs(samples(out)).max() == 1.0
+
+
+def test_a_foreign_mel_is_named(run: Run, tmp_path: Path, tiny_model: Path):
+    decibels, out = tmp_path / "db.npy", tmp_path / "out.wav"
+    np.save(decibels, voice_mel() * 20 / np.log(10))
+    result = run("vocode", decibels, "-o", out, "--model", tiny_model)
+    assert result.status == 0 and out.exists()
+    assert f"waveflow: {decibels}: " in result.err and "decibels" in result.err
+
+
+# resynth
+
+
+@pytest.mark.parametrize("n_samples", [2, 300, 11025])
+def test_resynth_keeps_the_length(run: Run, tmp_path: Path, tiny_model: Path, n_samples: int):
+    source = write_wav(tmp_path / "in.wav", make_voice(1.0)[:n_samples])
+    out = tmp_path / "out.wav"
+    assert run("resynth", source, "-o", out, "--model", tiny_model) == Result(0, "", "")
+    assert soundfile.info(out).frames == n_samples
+
+
+def test_resynth_is_the_mel_and_then_vocode(run: Run, wav: Path, tmp_path: Path, tiny_model: Path):
+    whole = write_wav(tmp_path / "whole.wav", samples(wav)[: 40 * HOP])
+    options = ("--model", tiny_model)
+    assert run("resynth", whole, "-o", tmp_path / "copy.wav", *options).status == 0
+    assert run("mel", whole, "-o", tmp_path / "copy.npy", *options).status == 0
+    assert run("vocode", tmp_path / "copy.npy", "-o", tmp_path / "again.wav", *options).status == 0
+    assert (tmp_path / "copy.wav").read_bytes() == (tmp_path / "again.wav").read_bytes()
+
+
+def test_stereo_and_another_rate_are_noted(run: Run, tmp_path: Path, tiny_model: Path):
+    voice = make_voice(0.4, sample_rate=44100)
+    source = write_wav(tmp_path / "in.wav", np.stack([voice, voice], 1), 44100)
+    out = tmp_path / "out.wav"
+    result = run("resynth", source, "-o", out, "--model", tiny_model)
+    assert result.status == 0 and result.err.count("\n") == 1
+    assert f"{source}: 2 channels mixed down" in result.err
+    assert "resampled from 44100 Hz to 22050 Hz" in result.err
+    assert soundfile.info(out).samplerate == SAMPLE_RATE
+    assert abs(soundfile.info(out).frames - len(voice) / 2) <= 1
+
+
+# mel
+
+
+def test_mel_presets_and_models(run: Run, wav: Path, tmp_path: Path, tiny_model: Path):
+    audio = torch.from_numpy(samples(wav))
+    for options, preset in (
+        (("--preset", "hifigan"), "hifigan"),
+        (("--preset", "nvidia"), "nvidia"),
+        (("--model", tiny_model), "hifigan"),
+    ):
+        out = tmp_path / "mel.npy"
+        assert run("mel", wav, "-o", out, *options, "--threads", "1") == Result(0, "", "")
+        mel = np.load(out)
+        assert mel.dtype == np.float32
+        expected = MelSpectrogram(MEL_PRESETS[preset])(audio).numpy()
+        np.testing.assert_array_equal(mel, expected)
+
+
+def test_mel_takes_a_model_or_a_preset(run: Run, wav: Path, tmp_path: Path, tiny_model: Path):
+    out = tmp_path / "mel.npy"
+    result = run("mel", wav, "-o", out, "--model", tiny_model, "--preset", "nvidia")
+    assert_one_line(result, "--model", "--preset")
+
+
+# Errors: one line, status 2, nothing written
+
+
+def bad_mels() -> dict[str, tuple[Callable[[Path], object], str]]:
+    mel = voice_mel()
+    infinite, nan = mel.copy(), mel.copy()
+    infinite[3, 4], nan[3, 4] = np.inf, np.nan
+    return {
+        "missing.npy": (lambda path: None, "does not exist"),
+        "text.npy": (lambda path: path.write_text("no array"), "NumPy"),
+        "mel.txt": (lambda path: path.write_text("1 2 3"), ".npy, .npz or .pt"),
+        "text.pt": (lambda path: path.write_text("no tensor"), "tensor"),
+        "nan.npy": (lambda path: np.save(path, nan), "NaN or infinite"),
+        "infinite.npy": (lambda path: np.save(path, infinite), "NaN or infinite"),
+        "flat.npy": (lambda path: np.save(path, mel[0]), "(bands, frames)"),
+        "empty.npy": (lambda path: np.save(path, mel[:, :0]), "empty"),
+        "bands.npy": (lambda path: np.save(path, mel[:40]), "40 bands, the model takes 80"),
+        "turned.npy": (lambda path: np.save(path, mel.T), "transpose"),
+        "pickle.npy": (lambda path: np.save(path, np.array([{}]), allow_pickle=True), "pickled"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_mels())
+def test_bad_mels(run: Run, tmp_path: Path, tiny_model: Path, name: str):
+    make, words = bad_mels()[name]
+    make(tmp_path / name)
+    out = tmp_path / "out.wav"
+    result = run("vocode", tmp_path / name, "-o", out, "--model", tiny_model)
+    assert_one_line(result, name, words)
+    assert not out.exists()
+
+
+def bad_recordings() -> dict[str, tuple[Callable[[Path], object], str]]:
+    broken = np.array([0.0, np.nan, 0.0], np.float32)
+    return {
+        "missing.wav": (lambda path: None, "does not exist"),
+        "text.wav": (lambda path: path.write_text("no audio"), "not an audio file"),
+        "empty.wav": (lambda path: write_wav(path, np.zeros(0)), "0 samples"),
+        "nothing.wav": (lambda path: path.touch(), "not an audio file"),
+        "one.wav": (lambda path: write_wav(path, np.zeros(1)), "too short"),
+        "nan.wav": (lambda path: write_wav(path, broken, subtype="FLOAT"), "NaN or infinite"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_recordings())
+@pytest.mark.parametrize(("verb", "out"), [("resynth", "out.wav"), ("mel", "out.npy")])
+def test_bad_recordings(run: Run, tmp_path: Path, tiny_model: Path, name: str, verb: str, out: str):
+    make, words = bad_recordings()[name]
+    make(tmp_path / name)
+    result = run(verb, tmp_path / name, "-o", tmp_path / out, "--model", tiny_model)
+    assert_one_line(result, name, words)
+    assert not (tmp_path / out).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sigma", "11"], "--sigma"),
+        (["--sigma", "-1"], "--sigma"),
+        (["--sigma", "nan"], "sigma"),
+        (["--sigma", "loud"], "--sigma"),
+        (["--refine", "5"], "--refine"),
+        (["--refine", "-1"], "--refine"),
+        (["--seed", "1.5"], "--seed"),
+        (["--threads", "0"], "--threads"),
+        (["--device", "toaster"], "toaster"),
+        (["--device", "meta"], "meta"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--loud"], "--loud"),
+        (["another.npy"], "another.npy"),
+    ],
+)
+def test_bad_options(
+    run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path, options: list[str], words: str
+):
+    out = tmp_path / "out.wav"
+    result = run("vocode", mel_file, "-o", out, "--model", tiny_model, *options)
+    assert_one_line(result, words)
+    assert not out.exists()
+
+
+def test_missing_arguments_and_unknown_verbs(run: Run, mel_file: Path):
+    assert_one_line(run("vocode", mel_file), "--out")
+    assert_one_line(run("vocode"), "MEL")
+    assert_one_line(run("sing"), "sing")
+
+
+def test_unknown_model(run: Run, mel_file: Path, tmp_path: Path):
+    args = ("vocode", mel_file, "-o", tmp_path / "out.wav", "--model")
+    assert_one_line(run(*args, "no-such-model"), "no-such-model")
+    assert_one_line(run(*args, tmp_path), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("out.mp3", [], ".wav or .flac"),
+        ("out", [], ".wav or .flac"),
+        ("out.flac", ["--float"], "32-bit"),
+        ("no/such/folder/out.wav", [], "there is no folder"),
+        ("mel.npy/out.wav", [], "there is no folder"),
+        (".", [], "it is a folder"),
+    ],
+)
+def test_outputs_that_cannot_be_written(
+    run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path, name: str, options, words: str
+):
+    result = run("vocode", mel_file, "-o", tmp_path / name, "--model", tiny_model, *options)
+    assert_one_line(result, words)
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_folder_without_permission(
+    run: Run,
+    mel_file: Path,
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    single: bool,
+):
+    # Simulated, because root, who runs tests in containers, may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    source, out = (mel_file, "out.wav") if single else (mel_file.parent, "out")
+    result = run("vocode", source, "-o", tmp_path / out, "--model", tiny_model)
+    assert_one_line(result, "permission")
+
+
+def test_a_folder_that_cannot_be_made(run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path):
+    options = ("--model", tiny_model)
+    assert_one_line(run("vocode", tmp_path, "-o", mel_file, *options), "is a file")
+    assert_one_line(run("vocode", tmp_path, "-o", mel_file / "out", *options), "cannot make")
+
+
+@pytest.mark.parametrize("way", ["itself", "other spelling", "symlink", "hard link"])
+def test_output_equal_to_input(run: Run, wav: Path, tmp_path: Path, tiny_model: Path, way: str):
+    out = tmp_path / "link.wav"
+    if way == "itself":
+        out = wav
+    elif way == "other spelling":
+        out = tmp_path / ".." / tmp_path.name / wav.name
+    elif way == "symlink":
+        out.symlink_to(wav)
+    else:
+        out.hardlink_to(wav)
+    before = wav.read_bytes()
+    result = run("resynth", wav, "-o", out, "--model", tiny_model)
+    assert_one_line(result, "also an input")
+    assert wav.read_bytes() == before
+
+
+def test_an_internal_error_is_one_line_and_a_traceback_only_under_debug(
+    run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(path: Path) -> np.ndarray:
+        raise ValueError("first line\nsecond line")
+
+    monkeypatch.setattr("waveflow.audio.io.read_mel", broken)
+    args = ("vocode", mel_file, "-o", tmp_path / "out.wav", "--model", tiny_model)
+    assert_one_line(run(*args), "ValueError", "first line", "--debug", status=1)
+    result = run("--debug", *args)
+    assert result.status == 1 and "Traceback" in result.err
+
+
+# Folder jobs
+
+
+@pytest.fixture
+def mels(tmp_path: Path) -> Path:
+    folder = tmp_path / "mels"
+    folder.mkdir()
+    for seed in range(3):
+        np.save(folder / f"clip{seed}.npy", voice_mel(0.3 + 0.1 * seed, seed))
+    (folder / "notes.txt").write_text("not a mel")
+    return folder
+
+
+def test_a_file_alone_and_in_a_folder_sound_the_same(
+    run: Run, mels: Path, tmp_path: Path, tiny_model: Path
+):
+    out = tmp_path / "deep" / "wavs"
+    result = run("vocode", mels, "-o", out, "--model", tiny_model, "--seed", "3")
+    assert (result.status, result.out) == (0, "")
+    assert f"3 written to {out}" in result.err
+    assert sorted(path.name for path in out.iterdir()) == [f"clip{i}.wav" for i in range(3)]
+    for seed in range(3):
+        alone = tmp_path / "alone.wav"
+        source = mels / f"clip{seed}.npy"
+        assert run("vocode", source, "-o", alone, "--model", tiny_model, "--seed", "3").status == 0
+        assert alone.read_bytes() == (out / f"clip{seed}.wav").read_bytes()
+
+
+def test_a_folder_job_keeps_what_is_there_unless_forced(
+    run: Run, mels: Path, tmp_path: Path, tiny_model: Path
+):
+    out = tmp_path / "wavs"
+    out.mkdir()
+    (out / "clip1.wav").write_text("kept")
+    result = run("vocode", mels, "-o", out, "--model", tiny_model)
+    assert result.status == 0
+    assert "2 written" in result.err and "1 kept (--force" in result.err
+    assert (out / "clip1.wav").read_text() == "kept"
+    result = run("vocode", mels, "-o", out, "--model", tiny_model, "--force")
+    assert result.status == 0
+    assert "3 written" in result.err and "kept" not in result.err
+    assert len(samples(out / "clip1.wav")) > 0
+
+
+def test_a_folder_job_goes_on_after_bad_files_and_lists_them_at_the_end(
+    run: Run, mels: Path, tmp_path: Path, tiny_model: Path
+):
+    np.save(mels / "a.npy", np.zeros((40, 5), np.float32))
+    (mels / "b.npy").write_text("no array")
+    out = tmp_path / "wavs"
+    result = run("vocode", mels, "-o", out, "--model", tiny_model)
+    assert result.status == 2
+    assert len(list(out.iterdir())) == 3
+    summary, first, second = result.err.splitlines()
+    assert "3 written" in summary and "2 failed" in summary
+    assert str(mels / "a.npy") in first and "40 bands" in first
+    assert str(mels / "b.npy") in second
+
+
+def test_resynth_and_mel_take_folders(run: Run, tmp_path: Path, tiny_model: Path):
+    recordings = tmp_path / "recordings"
+    recordings.mkdir()
+    write_wav(recordings / "a.wav", make_voice(0.3))
+    write_wav(recordings / "b.flac", make_voice(0.3, 1))
+    assert run("resynth", recordings, "-o", tmp_path / "c", "--model", tiny_model).status == 0
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["a.wav", "b.wav"]
+    assert run("mel", recordings, "-o", tmp_path / "m", "--preset", "nvidia").status == 0
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["a.npy", "b.npy"]
+
+
+def test_a_folder_job_never_writes_over_its_inputs(run: Run, tmp_path: Path, tiny_model: Path):
+    recordings = tmp_path / "recordings"
+    recordings.mkdir()
+    write_wav(recordings / "a.wav", make_voice(0.3))
+    before = (recordings / "a.wav").read_bytes()
+    result = run("resynth", recordings, "-o", recordings, "--model", tiny_model, "--force")
+    assert_one_line(result, "also an input")
+    assert (recordings / "a.wav").read_bytes() == before
+
+
+def test_two_inputs_of_one_output(run: Run, mels: Path, tmp_path: Path, tiny_model: Path):
+    np.savez(mels / "clip0.npz", voice_mel())
+    result = run("vocode", mels, "-o", tmp_path / "wavs", "--model", tiny_model)
+    assert_one_line(result, "clip0.npy", "clip0.npz")
+
+
+def test_an_empty_folder(run: Run, tmp_path: Path, tiny_model: Path):
+    (tmp_path / "empty").mkdir()
+    result = run("vocode", tmp_path / "empty", "-o", tmp_path / "out", "--model", tiny_model)
+    assert_one_line(result, "holds no")
+
+
+def test_an_interrupted_folder_job_leaves_nothing_half_written(
+    run: Run, mels: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write, calls = soundfile.write, []
+
+    def interrupted(path: Path, *args: object, **options: object) -> None:
+        calls.append(path)
+        write(path, *args, **options)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(soundfile, "write", interrupted)
+    result = run("vocode", mels, "-o", tmp_path / "wavs", "--model", tiny_model)
+    assert_one_line(result, "interrupted", status=130)
+    assert [path.name for path in (tmp_path / "wavs").iterdir()] == ["clip0.wav"]
+
+
+def test_progress_goes_to_a_terminal_on_stderr(
+    run: Run, mels: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes stderr for a terminal
+    result = run("vocode", mels, "-o", tmp_path / "wavs", "--model", tiny_model)
+    assert result.status == 0 and result.out == ""
+    assert "files" in result.err and "3/3" in result.err
+
+
+# prepare and train
+
+RECIPE = """
+mel = "hifigan"
+[model]
+type = "frameglow"
+n_flows = 1
+hidden_channels = 16
+dilations = [1]
+encoder_channels = 16
+encoder_layers = 1
+[synthesis]
+refine_steps = 1
+[train]
+steps = 3
+batch_size = 2
+segment_frames = 16
+energy_weight = 1.0
+calibration_weight = 1.0
+pitch_steps = 1
+validate_every = 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Path:
+    folder = tmp_path_factory.mktemp("caches") / "tiny"
+    assert main(["prepare", str(tiny_corpus), "-o", str(folder), "--workers", "1"]) == 0
+    return folder
+
+
+@pytest.fixture
+def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps `prepare` in this process: starting others takes longer than the work here."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
+
+def test_prepare_reports(run: Run, tiny_corpus: Path, tmp_path: Path):
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    write_wav(extra / "x.wav", make_voice(0.5, sample_rate=44100), 44100)
+    write_wav(extra / "y.wav", make_voice(0.5))
+    (extra / "bad.wav").write_text("no audio")
+    out = tmp_path / "cache"
+    options = ("-o", out, "--workers", "1", "--mel", "nvidia")
+    result = run("prepare", tiny_corpus, extra, *options)
+    assert result.status == 0 and result.err == ""
+    assert "clips (0.00 hours) for training" in result.out
+    assert "resampled from 44100 Hz to 22050 Hz (1 of 6 clips)" in result.out
+    assert "1 files left out" in result.out and "bad.wav" in result.out
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert len(manifest["clips"]) == 6 and manifest["mel"]["padding"] == "center"
+
+
+def test_prepare_errors(run: Run, tmp_path: Path, tiny_corpus: Path):
+    options = ("-o", tmp_path / "cache")
+    assert_one_line(run("prepare", tmp_path / "no", *options), "no such folder")
+    assert_one_line(run("prepare", tmp_path, *options), "no audio")
+    assert_one_line(run("prepare", tiny_corpus, "-o", tiny_corpus), "something else")
+    assert_one_line(run("prepare", tiny_corpus, *options, "--mel", "klatt"), "klatt")
+    assert_one_line(run("prepare", tiny_corpus, *options, "--workers", "0"), "--workers")
+
+
+def weights(folder: Path) -> bytes:
+    last = json.loads((folder / "checkpoints.json").read_text())["last"]
+    return (folder / last / "model.safetensors").read_bytes()
+
+
+def test_train_resume_info_and_vocode(
+    run: Run, recipe: Path, cache: Path, mel_file: Path, tmp_path: Path
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = run("train", recipe, "--data", cache, "--out", whole)
+    assert result.status == 0
+    assert f"{whole}: 3 steps" in result.out and "best validation log-likelihood" in result.out
+    assert result.err.count("validation log-likelihood") == 2
+
+    # No minutes at all is one step; the rest follows, and nothing shows the seam.
+    args = ("train", recipe, "--data", cache, "--out", parts)
+    result = run(*args, "--max-minutes", "0")
+    assert result.status == 0 and "1 steps" in result.out
+    assert weights(parts) != weights(whole)
+    result = run(*args, "--resume")
+    assert result.status == 0 and "3 steps" in result.out
+    assert weights(parts) == weights(whole)
+
+    result = run("info", whole)
+    assert result.status == 0 and result.err == ""
+    assert "tiny (0.00 hours)" in result.out and str(whole / "step-") in result.out
+    out = tmp_path / "out.wav"
+    assert run("vocode", mel_file, "-o", out, "--model", whole).status == 0
+    assert soundfile.info(out).frames == np.load(mel_file).shape[1] * HOP
+
+
+@pytest.mark.usefixtures("one_worker")
+def test_train_prepares_a_corpus_by_itself(
+    run: Run, recipe: Path, tiny_corpus: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    args = ("train", recipe, "--out", out, "--max-minutes", "0")
+    result = run(*args, "--data", tiny_corpus)
+    assert result.status == 0
+    assert "prepared 3 clips" in result.err
+    assert (out / "cache" / "manifest.json").is_file()
+    result = run(*args, "--resume")
+    assert result.status == 0 and "2 steps" in result.out
+    assert "prepared" not in result.err
+
+
+def test_train_from_other_weights(
+    run: Run, recipe: Path, cache: Path, tmp_path: Path, tiny_model: Path
+):
+    recipe.write_text(RECIPE.replace("[train]", "[train]\nlearning_rate = 1e-9"))
+    out = tmp_path / "run"
+    args = ("train", recipe, "--data", cache, "--out", out, "--max-minutes", "0")
+    assert run(*args, "--init", tiny_model).status == 0
+    # At no learning rate to speak of, the weights stay what they were.
+    after, before = load(out).flow.state_dict(), load(tiny_model).flow.state_dict()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_train_errors(
+    run: Run, recipe: Path, cache: Path, tiny_corpus: Path, tmp_path: Path, tiny_model: Path
+):
+    out = tmp_path / "run"
+    args = ("train", recipe, "--out", out)
+    data = ("--data", cache)
+    assert_one_line(run(*args), "--data")
+    assert_one_line(run("train", tmp_path / "no.toml", "--out", out, *data), "no.toml")
+    assert_one_line(run(*args, "--data", tmp_path / "no"), "no such folder")
+    assert_one_line(run(*args, *data, "--data", tiny_corpus), "one cache")
+    assert_one_line(run(*args, *data, "--resume"), "nothing to resume")
+    assert_one_line(run(*args, *data, "--resume", "--init", tiny_model), "--init")
+    assert_one_line(run(*args, *data, "--init", "no-such-model"), "no-such-model")
+    assert_one_line(run(*args, *data, "--device", "toaster"), "toaster")
+    assert_one_line(run(*args, *data, "--max-minutes", "-1"), "--max-minutes")
+    assert_one_line(run("train", recipe, "--out", recipe / "run", *data), "recipe.toml")
+    recipe.write_text(RECIPE + "\nspeling = 1")
+    assert_one_line(run(*args, *data), "speling")
+    assert not out.exists()
+
+
+def test_a_run_is_not_started_twice(
+    run: Run, recipe: Path, cache: Path, tiny_corpus: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    assert run("train", recipe, "--data", cache, "--out", out, "--max-minutes", "0").status == 0
+    before = weights(out)
+    result = run("train", recipe, "--data", tiny_corpus, "--out", out)
+    assert_one_line(result, "--resume")
+    assert weights(out) == before and not (out / "cache").exists()
+
+
+@pytest.mark.usefixtures("one_worker")
+def test_a_corpus_of_one_clip_cannot_be_validated(run: Run, recipe: Path, tmp_path: Path):
+    corpus = tmp_path / "one"
+    corpus.mkdir()
+    write_wav(corpus / "a.wav", make_voice(0.5))
+    result = run("train", recipe, "--data", corpus, "--out", tmp_path / "run")
+    assert result.status == 2 and "no validation clips" in result.err.splitlines()[-1]
+
+
+# evaluate, info and cost
+
+
+@pytest.fixture
+def recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two recordings; only the figure that needs no optional package is measured."""
+    from waveflow.metrics import evaluate
+
+    light = tuple(metric for metric in evaluate.METRICS if metric.package is None)
+    monkeypatch.setattr(evaluate, "METRICS", light)
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    for seed in range(2):
+        write_wav(folder / f"clip{seed}.wav", make_voice(0.3, seed))
+    return folder
+
+
+def test_evaluate_prints_a_table_and_writes_json(
+    run: Run, recordings: Path, tmp_path: Path, tiny_model: Path
+):
+    figures = tmp_path / "figures.json"
+    ids = tmp_path / "ids.txt"
+    ids.write_text("clip1\n")
+    options = ("--model", tiny_model, "--json", figures, "--threads", "1")
+    result = run("evaluate", recordings, *options, "--seed", "2", "--sigma", "0.9")
+    assert result.status == 0
+    assert "2 clips" in result.out and "Griffin-Lim" in result.out and "speech" in result.out
+    assert "PESQ" in result.err  # left out, and said so
+    whole = json.loads(figures.read_text())
+    assert (whole["n_clips"], whole["seed"], whole["sigma"]) == (2, 2, 0.9)
+    assert run("evaluate", recordings, *options, "--ids", ids).status == 0
+    assert json.loads(figures.read_text())["n_clips"] == 1
+
+
+def test_evaluate_goes_on_after_a_bad_file(run: Run, recordings: Path, tiny_model: Path):
+    (recordings / "bad.wav").write_text("no audio")
+    result = run("evaluate", recordings, "--model", tiny_model)
+    assert result.status == 2
+    assert "2 clips" in result.out and "bad.wav" in result.err.splitlines()[-1]
+
+
+def test_evaluate_errors(run: Run, recordings: Path, tmp_path: Path, tiny_model: Path):
+    args = ("evaluate", recordings, "--model", tiny_model)
+    assert_one_line(run("evaluate", tmp_path / "no", "--model", tiny_model), "not a folder")
+    assert_one_line(run(*args, "--json", tmp_path / "no" / "x.json"), "there is no folder")
+    assert_one_line(run(*args, "--ids", tmp_path / "no.txt"), "no.txt")
+    (tmp_path / "ids.txt").write_text("clip9\n")
+    assert_one_line(run(*args, "--ids", tmp_path / "ids.txt"), "clip9")
+    assert_one_line(run(*args, "--sigma", "nan"), "sigma")
+
+
+def test_info_of_a_model(run: Run, tiny_model: Path):
+    result = run("info", tiny_model)
+    assert result.status == 0 and result.err == ""
+    facts = dict(line.split(maxsplit=1) for line in result.out.splitlines())
+    n = sum(p.numel() for p in load(tiny_model).flow.parameters())
+    assert facts["parameters"] == f"{n:,}"
+    assert "hifigan: 22050 Hz, hop 256, 80 bands" in facts["mel"]
+    assert "per second of audio" in facts["multiply-adds"]
+    assert facts["licence"] == "CC0-1.0" and "1.2500 on" in facts["log-likelihood"]
+    assert "speed" not in facts
+
+
+def test_info_measures_speed(run: Run, tiny_model: Path):
+    result = run("info", tiny_model, "--speed", "--threads", "2")
+    assert result.status == 0 and result.err == ""
+    line = result.out.splitlines()[-1]
+    assert "times real time on 2 CPU threads (10-second clip, 2 refinement steps" in line
+    assert "first call" in line
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model in the place of the default that ships, with an example."""
+    import shutil
+
+    from waveflow import pretrained
+
+    root = tmp_path / "pretrained"
+    folder = root / pretrained.DEFAULT_MODEL
+    shutil.copytree(tiny_model, folder)
+    np.save(folder / "example.npy", voice_mel())
+    monkeypatch.setattr(pretrained, "_root", lambda: root)
+    return folder
+
+
+def test_without_a_model_the_default_is_taken(run: Run, shipped: Path, wav: Path, tmp_path: Path):
+    result = run("info")
+    assert result.status == 0
+    for word in (shipped.name, "(default)", "frameglow", "1.2500", "CC0-1.0"):
+        assert word in result.out
+    assert run("vocode", shipped / "example.npy", "-o", tmp_path / "a.wav").status == 0
+    assert run("mel", wav, "-o", tmp_path / "a.npy").status == 0
+    result = run("info", "--speed")
+    assert result.status == 0 and "times real time on 1 CPU thread (" in result.out
+
+
+def test_info_where_nothing_ships(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("waveflow.pretrained._root", lambda: tmp_path)
+    assert_one_line(run("info"), "no model ships", status=0)
+    assert_one_line(run("info", "nothing"), "nothing")
+
+
+def test_multiply_adds_are_counted_for_each_second_of_audio(tiny_model: Path):
+    vocoder = load(tiny_model)
+
+    def decode(z: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
+        # One product of 7 x 11 x 13 multiply-adds for each frame.
+        return torch.zeros(mel.shape[2], 7, 11) @ torch.zeros(mel.shape[2], 11, 13)
+
+    vocoder.flow.decode = decode  # type: ignore[assignment]
+    assert macs_per_second(vocoder) == pytest.approx(7 * 11 * 13 * SAMPLE_RATE / HOP, rel=1e-9)
+
+
+def test_cost_of_a_model(tiny_model: Path):
+    vocoder = load(tiny_model)
+    assert count_parameters(torch.nn.Linear(3, 4)) == 16
+    before = torch.get_num_threads()
+    speed = measure_speed(vocoder, clip_seconds=0.2, threads=before + 1, runs=3)
+    assert torch.get_num_threads() == before
+    assert speed.times_real_time > 0 and speed.first_call_seconds > 0
+    assert (speed.threads, speed.runs) == (before + 1, 3)
+    assert speed.clip_seconds == pytest.approx(0.2, abs=HOP / SAMPLE_RATE)
+
+
+# As a process of its own
+
+
+def process(args: list[str], **options: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, **options)
+
+
+def test_exit_status_of_the_process(tmp_path: Path):
+    result = process(["-m", "waveflow", "vocode", "no.npy", "-o", "out.wav"], cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "waveflow: no.npy does not exist\n"
+    result = process(["-m", "waveflow", "--version"], cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, f"waveflow {__version__}\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_ends_a_training_cleanly(recipe: Path, cache: Path, tmp_path: Path):
+    recipe.write_text(RECIPE.replace("steps = 3\n", "steps = 100000\n"))
+    out = tmp_path / "run"
+    args = ["-m", "waveflow", "train", recipe, "--data", cache, "--out", out]
+    running = subprocess.Popen(
+        [sys.executable, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        until = time.monotonic() + 60
+        # A checkpoint shows that the loop is running.
+        while not list(out.glob("step-*")) and time.monotonic() < until:
+            assert running.poll() is None, running.communicate()
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=30)
+    finally:
+        running.kill()
+    assert running.returncode == 130
+    assert err.splitlines()[-1] == "waveflow: interrupted"
+    assert "Traceback" not in err

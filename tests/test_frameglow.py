@@ -1,0 +1,427 @@
+"""FrameGlow: its density, its start as the base, batches, the harmonic source, the pitch head."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from waveflow.audio.mel import MEL_PRESETS, MelConfig, MelSpectrogram
+from waveflow.bijections import InvertibleConv1x1, LappedSqueeze
+from waveflow.errors import ConfigError
+from waveflow.flow import Flow
+from waveflow.models.frameglow import (
+    FeatureLayout,
+    FrameConditioner,
+    FrameGlowConfig,
+    FrameNetwork,
+    LevelNetwork,
+    _hold_last,
+    frameglow,
+)
+from waveflow.models.registry import build_flow
+from waveflow.nn.frame import ConvNeXt, GatedStack
+from waveflow.nn.pitch import CENTS_PER_CLASS, LOWEST_HZ, N_CLASSES, PitchHead
+from waveflow.nn.source import HarmonicSource
+
+HIFIGAN = MEL_PRESETS["hifigan"]
+TINY_MEL = MelConfig(
+    sample_rate=8000, n_fft=64, hop_length=16, win_length=64, n_mels=8, f_max=4000.0
+)
+TINY = FrameGlowConfig(
+    n_levels=2,
+    n_flows=2,
+    hidden_channels=8,
+    dilations=(1, 2),
+    encoder_channels=8,
+    encoder_layers=1,
+)
+CONVNEXT = TINY.model_copy(update={"network": "convnext"})
+
+
+def perturbed(flow: Flow, amount: float = 0.1) -> Flow:
+    """A flow in evaluation mode that is no longer its base."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(amount * noise.to(parameter.dtype))
+    return flow.eval()
+
+
+def tiny(config: FrameGlowConfig = TINY, amount: float = 0.1) -> Flow:
+    torch.manual_seed(0)
+    return perturbed(build_flow(config, TINY_MEL).double(), amount)
+
+
+def tiny_batch(n_frames: int, n_items: int = 2) -> tuple[Tensor, Tensor]:
+    """Audio (B, T) and mels (B, M, F) of the level of speech, float64."""
+    generator = torch.Generator().manual_seed(2)
+    audio = 0.1 * torch.randn(n_items, 16 * n_frames, generator=generator, dtype=torch.float64)
+    mel = -4 + torch.randn(n_items, 8, n_frames, generator=generator, dtype=torch.float64)
+    return audio, mel
+
+
+# --- density ---
+
+
+@pytest.mark.parametrize("config", [TINY, CONVNEXT], ids=["wavenet", "convnext"])
+def test_log_likelihood_is_that_of_the_jacobian(config: FrameGlowConfig) -> None:
+    flow = tiny(config)
+    audio, mel = tiny_batch(4)
+    log_prob = flow(audio, mel)
+    for item in range(2):
+        own_mel = mel[item : item + 1]
+
+        def encode(x: Tensor, own_mel: Tensor = own_mel) -> Tensor:
+            return flow.encode(x[None], own_mel).flatten()
+
+        jacobian = torch.autograd.functional.jacobian(encode, audio[item])
+        normal = torch.distributions.Normal(0.0, 1.0).log_prob(encode(audio[item])).sum()
+        expected = (normal + torch.linalg.slogdet(jacobian)[1]) / audio.shape[1]
+        torch.testing.assert_close(log_prob[item], expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("config", [TINY, CONVNEXT], ids=["wavenet", "convnext"])
+@torch.no_grad()
+def test_round_trips_in_float64(config: FrameGlowConfig) -> None:
+    flow = tiny(config)
+    audio, mel = tiny_batch(7)
+    z = flow.encode(audio, mel)
+    assert z.shape == (2, 16, 7)
+    torch.testing.assert_close(flow.decode(z, mel), audio, rtol=0, atol=1e-10)
+    z = torch.randn_like(z)
+    torch.testing.assert_close(flow.encode(flow.decode(z, mel), mel), z, rtol=0, atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def real_flow() -> Flow:
+    """At the shipped mel, narrow, and as far from its base as training takes it."""
+    torch.manual_seed(0)
+    config = FrameGlowConfig(hidden_channels=32, encoder_channels=32, encoder_layers=2)
+    return perturbed(build_flow(config, HIFIGAN), 0.02).prepare_for_inference()
+
+
+@pytest.mark.parametrize("clip", ["LJ001_0002", "LJ001_0008"])
+@torch.no_grad()
+def test_round_trip_of_speech_in_float32(clip: str, real_flow: Flow) -> None:
+    fixtures = np.load(Path(__file__).parent / "fixtures" / "mel.npz", allow_pickle=False)
+    samples = torch.from_numpy(fixtures[f"{clip}_audio_int16"]).float() / 32768
+    audio = samples[: len(samples) // 256 * 256][None]
+    mel = MelSpectrogram(HIFIGAN)(audio)
+    z = real_flow.encode(audio, mel)
+    base = build_flow(FrameGlowConfig(n_levels=0, n_flows=0), HIFIGAN).eval()
+    assert (z - base.encode(audio, mel)).std() > 0.3
+    torch.testing.assert_close(real_flow.decode(z, mel), audio, rtol=0, atol=1e-4)
+
+
+# --- composition ---
+
+
+def test_number_of_parameters() -> None:
+    """2.8 million with DESIGN.md's sizes, 5 million as shipped: 10 MB in float16."""
+
+    def count(config: FrameGlowConfig) -> int:
+        return sum(p.numel() for p in build_flow(config, HIFIGAN).parameters())
+
+    assert count(FrameGlowConfig(n_levels=0)) / 1e6 == pytest.approx(2.8, abs=0.35)
+    assert count(FrameGlowConfig(hidden_channels=128)) * 2 < 20e6
+    levels = count(FrameGlowConfig()) - count(FrameGlowConfig(n_levels=0))
+    # 128 + 1 inputs to two numbers for each of 128 + 64 + 32 + 16 active bins.
+    assert levels == 129 * 2 * (128 + 64 + 32 + 16)
+
+
+@torch.no_grad()
+def test_it_starts_as_its_base() -> None:
+    """u = y exp(-(envelope + 0.2)): couplings and levels are the identity until trained."""
+    torch.manual_seed(0)
+    flow = build_flow(TINY, TINY_MEL).double().eval()
+    audio, mel = tiny_batch(6)
+    y, _ = LappedSqueeze(16)(audio[:, None])
+    envelope = mel.transpose(1, 2) @ flow.conditioner.band_to_bin
+    level = envelope.transpose(1, 2) + 0.2
+    torch.testing.assert_close(flow.encode(audio, mel), y * (-level).exp(), rtol=0, atol=1e-6)
+    gaussian = torch.distributions.Normal(0.0, level.exp()).log_prob(y).sum((1, 2)) / 96
+    torch.testing.assert_close(flow(audio, mel), gaussian, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_without_levels_and_flows_it_is_the_base_alone() -> None:
+    base = TINY.model_copy(update={"n_levels": 0, "n_flows": 0})
+    torch.manual_seed(0)
+    alone = build_flow(base, TINY_MEL).double().eval()
+    assert not any(isinstance(m, InvertibleConv1x1 | FrameNetwork) for m in alone.modules())
+    torch.manual_seed(0)
+    whole = build_flow(TINY, TINY_MEL).double().eval()
+    audio, mel = tiny_batch(5)
+    shared = {k: v for k, v in whole.state_dict().items() if k in alone.state_dict()}
+    alone.load_state_dict(shared)
+    torch.testing.assert_close(alone(audio, mel), whole(audio, mel), rtol=0, atol=1e-12)
+
+
+def test_every_weight_but_the_pitch_heads_gets_a_gradient() -> None:
+    flow = tiny().train()
+    audio, mel = tiny_batch(6)
+    flow(audio, mel).sum().backward()
+    dead = {n for n, p in flow.named_parameters() if p.grad is None or not p.grad.any()}
+    assert dead == {n for n, _ in flow.named_parameters() if n.startswith("conditioner.pitch.")}
+
+
+def test_the_envelope_interpolates_between_the_bands_centres() -> None:
+    """A mel that is linear in Hz stays so between the outer bands, and is held beyond them."""
+    from waveflow.audio.mel import mel_center_hz
+
+    flow = build_flow(FrameGlowConfig(n_levels=0, n_flows=0), HIFIGAN)
+    centres = torch.as_tensor(mel_center_hz(HIFIGAN))
+    bins = (torch.arange(256) + 0.5) / 256 * 11025
+    envelope = (centres / 1000).float() @ flow.conditioner.band_to_bin
+    expected = (bins.clamp(centres[0], centres[-1]) / 1000).float()
+    torch.testing.assert_close(envelope, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("hop", "n_levels"), [(20, 3), (15, 0), (24, 4)])
+def test_hops_that_cannot_be_halved_are_refused(hop: int, n_levels: int) -> None:
+    mel = TINY_MEL.model_copy(update={"hop_length": hop})
+    with pytest.raises(ConfigError, match=f"hop_length {hop} .* n_levels {n_levels}"):
+        frameglow(TINY.model_copy(update={"n_levels": n_levels}), mel)
+
+
+# --- batches of unequal lengths ---
+
+
+@pytest.mark.parametrize("config", [TINY, CONVNEXT], ids=["wavenet", "convnext"])
+@pytest.mark.parametrize("lengths", [[9, 4, 1], [3, 9, 8]])
+@torch.no_grad()
+def test_padded_items_get_what_they_get_alone(config: FrameGlowConfig, lengths: list[int]) -> None:
+    flow = tiny(config).float()
+    audio, mel = (x.float() for x in tiny_batch(9, 3))
+    z = torch.randn(3, 16, 9, generator=torch.Generator().manual_seed(3))
+    for item, n in enumerate(lengths):  # what lies beyond an item's end is loud
+        audio[item, n * 16 :], mel[item, :, n:], z[item, :, n:] = 0.9, 2.0, 5.0
+    n_frames = torch.tensor(lengths)
+    log_prob = flow(audio, mel, n_frames)
+    encoded, decoded = flow.encode(audio, mel, n_frames), flow.decode(z, mel, n_frames)
+    for i, n in enumerate(lengths):
+        own_audio, own_mel = audio[i : i + 1, : n * 16], mel[i : i + 1, :, :n]
+        own_z = flow.encode(own_audio, own_mel)[0]
+        own_decoded = flow.decode(z[i : i + 1, :, :n], own_mel)[0]
+        torch.testing.assert_close(log_prob[i], flow(own_audio, own_mel)[0], rtol=1e-5, atol=1e-5)
+        # z is of the order of ten, audio of one.
+        torch.testing.assert_close(encoded[i, :, :n], own_z, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(decoded[i, : n * 16], own_decoded, rtol=1e-5, atol=1e-5)
+        assert not decoded[i, n * 16 :].any()
+
+
+def test_hold_last_keeps_the_last_valid_value() -> None:
+    f0 = torch.arange(1.0, 9.0).reshape(2, 4)
+    assert torch.equal(_hold_last(f0, None), f0)
+    mask = torch.tensor([[[1.0, 1, 0, 0]], [[1, 1, 1, 1]]])
+    assert _hold_last(f0, mask).tolist() == [[1, 2, 2, 2], [5, 6, 7, 8]]
+    # An item without frames has nothing to hold, and must not fail.
+    assert torch.isfinite(_hold_last(f0, torch.zeros(2, 1, 4))).all()
+
+
+# --- the source in the features ---
+
+
+def parts(flow: Flow, mel: Tensor) -> tuple[Tensor, ...]:
+    layout = FeatureLayout(TINY.encoder_channels, 16)
+    return layout.split(flow.conditioner(mel).features)
+
+
+@torch.no_grad()
+def test_source_phase_is_fixed_in_evaluation_and_random_in_training() -> None:
+    flow, (_, mel) = tiny(), tiny_batch(6)
+    assert all(map(torch.equal, parts(flow, mel), parts(flow, mel)))
+    flow.train()
+    torch.manual_seed(0)
+    h, source, quadrature, envelope = parts(flow, mel)
+    again_h, again_source, again_quadrature, again_envelope = parts(flow, mel)
+    assert torch.equal(h, again_h)
+    assert torch.equal(envelope, again_envelope)
+    assert (source - again_source).abs().max() > 0.1
+    assert (quadrature - again_quadrature).abs().max() > 0.1
+    assert not torch.equal(source[0], source[1])
+
+
+@torch.no_grad()
+def test_source_and_quadrature_are_the_transforms_of_one_pulse_train() -> None:
+    flow, (_, mel) = tiny(), tiny_batch(6)
+    conditioner = flow.conditioner
+    assert isinstance(conditioner, FrameConditioner)
+    _, source, quadrature, _ = parts(flow, mel)
+    f0 = PitchHead.f0_hz(conditioner.pitch(FrameConditioner.normalise(mel))[0])
+    pulses = HarmonicSource(8000, 16)(f0)
+    for part, transform in ((source, False), (quadrature, True)):
+        back, _ = LappedSqueeze(16, transform).inverse(part.transpose(1, 2))
+        torch.testing.assert_close(back[:, 0], pulses, rtol=0, atol=1e-10)
+
+
+# --- reach of the networks ---
+
+
+def affected(network: torch.nn.Module, passive: Tensor, features: Tensor, place: int) -> Tensor:
+    """Where (C, L) the output changes with all passive channels at one frame."""
+    other = passive.clone()
+    other[:, :, place] += 1.0
+    return (network(other, features) - network(passive, features))[0].abs() > 1e-9
+
+
+@torch.no_grad()
+def test_coupling_networks_reach_as_far_as_their_body() -> None:
+    torch.manual_seed(0)
+    layout = FeatureLayout(8, 16)
+    features = torch.randn(1, 8 + 48, 41, dtype=torch.float64)
+    passive = torch.randn(1, 8, 41, dtype=torch.float64)
+    for kind, reach in (("wavenet", 7), ("convnext", 9)):
+        config = TINY.model_copy(update={"network": kind, "dilations": (1, 2, 4)})
+        network = FrameNetwork(layout, config, odd_is_active=True).double()
+        torch.nn.init.normal_(network.leave.weight)
+        assert network.body.reach == reach
+        frames = affected(network, passive, features, 20).any(0).nonzero().flatten()
+        assert (frames.min(), frames.max()) == (20 - reach, 20 + reach)
+
+
+@torch.no_grad()
+def test_levels_look_at_four_bins_in_three_frames() -> None:
+    """The even bins 2i - 2, 2i, 2i + 2, 2i + 4 around the odd bin 2i + 1."""
+    torch.manual_seed(0)
+    network = LevelNetwork(FeatureLayout(8, 16), 8).double()
+    torch.nn.init.normal_(network.slope_and_offset.weight)
+    features = torch.randn(1, 8 + 48, 9, dtype=torch.float64)
+    passive = torch.randn(1, 8, 9, dtype=torch.float64)
+    other = passive.clone()
+    other[:, 4, 5] += 1.0
+    difference = (network(other, features) - network(passive, features))[0]
+    shift, log_scale = difference.chunk(2)
+    assert not shift.any()
+    changed = log_scale.abs() > 1e-9
+    assert changed.any(1).nonzero().flatten().tolist() == [2, 3, 4, 5]
+    assert changed.any(0).nonzero().flatten().tolist() == [4, 5, 6]
+
+
+@torch.no_grad()
+def test_stacks_ignore_what_lies_beyond_the_mask() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 12, 8)
+    mask = (torch.arange(12) < 7)[None, :, None].float()
+    for stack in (ConvNeXt(8, 2), GatedStack(8, (1, 2))):
+        loud = torch.where(mask.bool(), x, 1e3)
+        expected = stack(x[:, :7])
+        torch.testing.assert_close(stack(loud, mask)[:, :7], expected, rtol=1e-5, atol=1e-5)
+
+
+# --- HarmonicSource ---
+
+
+def sum_of_cosines(
+    f0: np.ndarray, sample_rate: int, hop: int, start: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The definition, term by term: (T,) and the number of harmonics at each sample."""
+    centres = np.arange(len(f0)) * hop + (hop - 1) / 2
+    per_sample = np.interp(np.arange(len(f0) * hop), centres, f0)
+    cycles = start + np.cumsum(per_sample / sample_rate)
+    n_harmonics = np.floor(sample_rate / 2 / per_sample)
+    total = np.zeros(len(cycles))
+    for k in range(1, int(n_harmonics.max()) + 1):
+        total += np.where(k <= n_harmonics, np.cos(2 * np.pi * k * cycles), 0)
+    return total * np.sqrt(2 / n_harmonics), n_harmonics
+
+
+@pytest.mark.parametrize("start", [None, 0.0, 0.25, 0.9])
+def test_source_is_the_sum_of_its_harmonics(start: float | None) -> None:
+    """Through a glide: the phase does not jump at frames, nor with the number of harmonics."""
+    f0 = np.concatenate([np.linspace(90, 310, 60), np.linspace(310, 120, 40)])
+    expected, _ = sum_of_cosines(f0, 8000, 64, start or 0.0)
+    phase = None if start is None else torch.tensor([start], dtype=torch.float64)
+    source = HarmonicSource(8000, 64)(torch.from_numpy(f0)[None], phase)[0].numpy()
+    # Where the closed form is 0/0 it is replaced by its limit, K, within sin(pi phi) < 1e-4.
+    assert np.abs(source - expected).max() < 2e-3 * np.abs(expected).max()
+
+
+def test_a_steady_source_has_all_harmonics_below_nyquist_and_nothing_else() -> None:
+    rate, f0 = 8000, 210.0
+    source = HarmonicSource(rate, 50)(torch.full((1, rate // 50), f0))[0]
+    assert source.dtype == torch.float32
+    assert source.square().mean().item() == pytest.approx(1.0, abs=1e-3)
+    power = torch.fft.rfft(source.double()).abs().square() / (rate / 2) ** 2  # bins of 1 Hz
+    harmonics = torch.arange(210, 4000, 210)
+    assert len(harmonics) == 19
+    torch.testing.assert_close(
+        power[harmonics], torch.full((19,), 2 / 19, dtype=torch.float64), rtol=1e-3, atol=0
+    )
+    power[harmonics] = 0
+    assert power.sum() < 1e-6
+
+
+@pytest.mark.parametrize("f0", [55.0, 101.3, 554.0])
+def test_source_has_unit_power(f0: float) -> None:
+    source = HarmonicSource(22050, 256)(torch.full((1, 344), f0))
+    assert source.square().mean().item() == pytest.approx(1.0, abs=5e-3)
+
+
+def test_the_phase_holds_for_an_hour() -> None:
+    """Float32 would be off by tens of degrees: its steps at 490,000 cycles are 0.03."""
+    rate, hop, f0 = 1000, 250, 137
+    n_samples = 3600 * rate
+    source = HarmonicSource(rate, hop)(torch.full((1, n_samples // hop), float(f0)))[0]
+    cycles = np.arange(n_samples - rate + 1, n_samples + 1, dtype=np.int64) * f0 % rate / rate
+    expected = sum(np.cos(2 * np.pi * k * cycles) for k in (1, 2, 3)) * math.sqrt(2 / 3)
+    # The F0 itself is interpolated in float32, which is worth 3e-5 cycles here.
+    assert np.abs(source[-rate:].numpy() - expected).max() < 3e-3
+
+
+# --- PitchHead ---
+
+
+def test_f0_between_classes_is_found() -> None:
+    """From the target itself, a bump of 25 cents, for any F0 in the tracker's range."""
+    f0 = torch.linspace(60, 500, 333)
+    cents = 1200 * torch.log2(f0 / LOWEST_HZ)
+    distance = cents[:, None] - CENTS_PER_CLASS * torch.arange(N_CLASSES)
+    logits = -0.5 * (distance / CENTS_PER_CLASS).square()
+    found = PitchHead.f0_hz(logits)
+    assert (1200 * torch.log2(found / f0)).abs().max() < 1.0
+    # A second, lower peak far away does not pull it.
+    logits[:, 0] = logits.amax(1) - 0.5
+    assert (1200 * torch.log2(PitchHead.f0_hz(logits) / f0))[60:].abs().max() < 1.0
+
+
+def test_f0_stays_in_its_range() -> None:
+    logits = torch.full((2, N_CLASSES), -20.0)
+    logits[0, 0], logits[1, -1] = 5.0, 5.0
+    low, high = PitchHead.f0_hz(logits)
+    assert low >= LOWEST_HZ
+    assert high <= LOWEST_HZ * 2 ** ((N_CLASSES - 1) * CENTS_PER_CLASS / 1200)
+
+
+def test_the_pitch_head_learns_one_batch() -> None:
+    torch.manual_seed(0)
+    mel = torch.randn(2, 24, 8)
+    f0 = 80 * torch.exp2(1.5 * torch.rand(2, 24))
+    f0[:, ::3] = 0
+    head = PitchHead(8, channels=32, n_layers=1)
+    optimizer = torch.optim.Adam(head.parameters(), 3e-3)
+    first = head.loss(mel, f0)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = head.loss(mel, f0)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5 * first
+    f1, cents = head.scores(mel, f0)
+    assert f1 > 0.95
+    assert cents < 50
+
+
+def test_the_pitch_heads_loss_on_silence_is_voicing_alone() -> None:
+    torch.manual_seed(0)
+    head, mel = PitchHead(8, channels=16, n_layers=1), torch.randn(1, 10, 8)
+    loss = head.loss(mel, torch.zeros(1, 10))
+    _, voicing = head(mel)
+    torch.testing.assert_close(loss, torch.nn.functional.softplus(voicing).mean())
+    f1, cents = head.scores(mel, torch.zeros(1, 10))
+    assert f1 == 0
+    assert math.isnan(cents)

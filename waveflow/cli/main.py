@@ -1,0 +1,113 @@
+"""The command `waveflow`: its verbs, and what becomes of errors."""
+
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, cast
+
+import typer
+
+from waveflow import __version__
+from waveflow.cli.console import NoteHandler, note
+from waveflow.cli.report import evaluate, info
+from waveflow.cli.synthesis import mel, resynth, vocode
+from waveflow.cli.training import prepare, train
+from waveflow.errors import WaveflowError
+
+DONE, OUR_FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+# Base of all usage errors. Typer once used click's and now carries its own copy; this is the
+# way to it that both have.
+_UsageError = cast(type[Exception], typer.BadParameter.__base__)
+
+app = typer.Typer(
+    add_completion=False,
+    # Plain text: it fits 80 columns everywhere and does not load rich.
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"waveflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _waveflow(
+    context: typer.Context,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of a fault of waveflow's.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Mel spectrograms to speech with normalizing flows.
+
+    \b
+    Examples:
+      waveflow resynth in.wav -o out.wav
+      waveflow vocode mel.npy -o out.wav
+      waveflow train recipes/ljspeech/frameglow.toml --data LJSpeech-1.1 --out run
+      waveflow VERB --help
+    """
+    context.obj["debug"] = debug
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+for _verb in (vocode, resynth, mel, prepare, train, evaluate, info):
+    app.command()(_verb)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's.
+
+    Returns:
+        Exit status: 0 done, 2 what the user gave is wrong, 1 a fault of ours, 130 interrupted.
+    """
+    logger = logging.getLogger("waveflow")
+    logger.handlers = [NoteHandler()]
+    logger.setLevel(logging.WARNING)
+    state = {"debug": False}
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(
+            args=None if argv is None else list(argv),
+            prog_name="waveflow",
+            obj=state,
+            standalone_mode=False,
+        )
+        status = status if isinstance(status, int) else DONE
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    except Exception as error:
+        if state["debug"]:
+            traceback.print_exc(file=sys.stderr)
+        status = _explain(error)
+    if status == INTERRUPTED:
+        note("interrupted")
+    return status
+
+
+def _explain(error: Exception) -> int:
+    """One line for an error, and its exit status."""
+    if isinstance(error, _UsageError):
+        note(error.format_message())  # type: ignore[attr-defined]
+        return USER_ERROR
+    if isinstance(error, WaveflowError):
+        note(str(error))
+        return USER_ERROR
+    if isinstance(error, OSError) and error.filename is not None:
+        note(f"{error.filename}: {error.strerror}")
+        return USER_ERROR
+    reason = (str(error).splitlines() or [""])[0]
+    note(f"internal error ({type(error).__name__}): {reason} (waveflow --debug shows where)")
+    return OUR_FAULT

@@ -1,0 +1,160 @@
+"""`waveflow vocode`, `resynth` and `mel`: files to files."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from waveflow.cli import options
+from waveflow.cli.console import note
+from waveflow.cli.jobs import about, plan_jobs, run_jobs
+from waveflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from waveflow.audio.mel import MelConfig
+
+Recordings = Annotated[
+    Path, typer.Argument(metavar="WAV|FOLDER", help="A recording, or a folder of them.")
+]
+Audio = Annotated[
+    Path,
+    typer.Option("-o", "--out", metavar="OUT", help="A .wav or .flac file; a folder for a folder."),
+]
+
+
+def vocode(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="MEL|FOLDER", help="A .npy, .npz or .pt file, or a folder of them."),
+    ],
+    out: Audio,
+    model: options.Model = None,
+    sigma: options.Sigma = None,
+    refine: options.Refine = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    float32: options.Float = False,
+    force: options.Force = False,
+) -> None:
+    """Mel spectrograms to speech.
+
+    A mel is an array (bands, frames) of natural logarithms: .npy, .npz with one
+    array or one named `mel`, or .pt with one tensor. A folder becomes a folder of
+    .wav files; those that are there already are kept.
+
+    \b
+    Examples:
+      waveflow vocode mel.npy -o out.wav
+      waveflow vocode mel.npy -o out.flac --sigma 0.8 --seed 1
+      waveflow vocode mels/ -o wavs/ --model runs/x --device cuda
+    """
+    from waveflow.audio.io import MEL_SUFFIXES, read_mel, write_audio
+
+    jobs = plan_jobs(source, out, MEL_SUFFIXES, ".wav", force)
+    vocoder = options.load_vocoder(model, device, threads)
+
+    def work(path: Path, target: Path) -> None:
+        mel = read_mel(path)
+        with about(path):
+            audio = vocoder(mel, sigma, seed, refine)
+        write_audio(target, audio.cpu().numpy(), vocoder.sample_rate, float32)
+
+    run_jobs(jobs, work)
+
+
+def resynth(
+    source: Recordings,
+    out: Audio,
+    model: options.Model = None,
+    sigma: options.Sigma = None,
+    refine: options.Refine = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    float32: options.Float = False,
+    force: options.Force = False,
+) -> None:
+    """Copy-synthesis: a recording's mel, then new speech from the mel alone.
+
+    The copy has the recording's length, at the model's sample rate. Other rates are
+    resampled and channels mixed down. A folder becomes a folder of .wav files;
+    those that are there already are kept.
+
+    \b
+    Examples:
+      waveflow resynth in.wav -o out.wav
+      waveflow resynth in.wav -o out.wav --refine 0 --float
+      waveflow resynth recordings/ -o copies/ --threads 1
+    """
+    from waveflow.audio.io import AUDIO_SUFFIXES, read_audio, write_audio
+
+    jobs = plan_jobs(source, out, AUDIO_SUFFIXES, ".wav", force)
+    vocoder = options.load_vocoder(model, device, threads)
+
+    def work(path: Path, target: Path) -> None:
+        recording, _, changes = read_audio(path, vocoder.sample_rate)
+        _note_changes(path, changes)
+        with about(path):
+            audio = vocoder.resynth(recording, sigma, seed, refine)
+        write_audio(target, audio.cpu().numpy(), vocoder.sample_rate, float32)
+
+    run_jobs(jobs, work)
+
+
+def mel(
+    source: Recordings,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", metavar="OUT", help="A .npy file; a folder for a folder."),
+    ],
+    model: options.Model = None,
+    preset: Annotated[
+        options.MelPreset | None,
+        typer.Option("--preset", help="Mel settings by name instead of a model's."),
+    ] = None,
+    threads: options.Threads = None,
+    force: options.Force = False,
+) -> None:
+    """Recordings to mel spectrograms, as a model takes them.
+
+    Writes an array (bands, frames), float32, natural logarithms. Other sample
+    rates are resampled and channels mixed down.
+
+    \b
+    Examples:
+      waveflow mel in.wav -o mel.npy
+      waveflow mel in.wav -o mel.npy --preset nvidia
+      waveflow mel recordings/ -o mels/ --model runs/x
+    """
+    import torch
+
+    from waveflow.audio.io import AUDIO_SUFFIXES, read_audio, write_mel
+    from waveflow.audio.mel import MelSpectrogram
+
+    jobs = plan_jobs(source, out, AUDIO_SUFFIXES, ".npy", force)
+    config = _mel_config(model, preset)
+    options.set_threads(threads)
+    spectrogram = MelSpectrogram(config)
+
+    def work(path: Path, target: Path) -> None:
+        recording, _, changes = read_audio(path, config.sample_rate)
+        _note_changes(path, changes)
+        write_mel(target, spectrogram(torch.from_numpy(recording)).numpy())
+
+    run_jobs(jobs, work)
+
+
+def _mel_config(model: str | None, preset: options.MelPreset | None) -> "MelConfig":
+    from waveflow.audio.mel import MEL_PRESETS
+
+    if preset is None:
+        return options.read_config(model).mel
+    if model is not None:
+        raise ConfigError("--model and --preset both choose the mel settings: give one of them")
+    return MEL_PRESETS[preset]
+
+
+def _note_changes(path: Path, changes: list[str]) -> None:
+    if changes:
+        note(f"{path}: {', '.join(changes)}")
