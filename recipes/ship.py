@@ -1,6 +1,6 @@
 """From a run to a model that ships: its best checkpoint without training state.
 
-    python recipes/ship.py RUN NAME EXAMPLE_CLIP
+    python recipes/ship.py RUN NAME EXAMPLE_CLIP --licence CC0-1.0
 
 Writes pretrained/NAME with float16 weights and the mel of a validation clip as example.npy.
 The model card, README.md, is written by hand and stays.
@@ -25,8 +25,11 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
     parser.add_argument("example", type=Path)
+    parser.add_argument("--licence", required=True)
     args = parser.parse_args()
     config, flow = load_checkpoint(args.run)
+    provenance = config.provenance.model_copy(update={"licence": args.licence})
+    config = config.model_copy(update={"provenance": provenance})
     vocoder = Vocoder(config, flow)
     audio, _, _ = read_audio(args.example, vocoder.sample_rate)
     example = io.BytesIO()

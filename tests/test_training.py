@@ -460,6 +460,20 @@ def test_pitch_steps_train_the_head_and_nothing_else(
     assert_same(tensors_of(trainer), tensors_of(finished))  # a run repeats, too
 
 
+def test_averages_follow_the_weights_slowly_once_they_are_old(
+    cache: TrainingCache, tmp_path: Path
+) -> None:
+    trainer = Trainer(recipe(pitch_steps=0, ema_decay=0.25), cache, tmp_path / "run")
+    name = "bijection.steps.1.network.level_bias"
+    for step, decay in ((0, 0.1), (1, 2 / 11), (5, 0.25)):  # (1 + step) / (10 + step) at most
+        trainer.step = step
+        before = trainer.ema[name].clone()
+        trainer._train_step()
+        expected = decay * before + (1 - decay) * trainer.flow.state_dict()[name]
+        torch.testing.assert_close(trainer.ema[name], expected, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(trainer.ema[name], before)
+
+
 def test_without_pitch_steps_and_second_objectives(cache: TrainingCache, tmp_path: Path) -> None:
     plain = recipe(steps=2, pitch_steps=0, energy_weight=0.0, calibration_weight=0.0)
     seen: list[Progress] = []
