@@ -203,8 +203,6 @@ class Trainer:
 
         self.flow.train()
         head = _pitch_head(self.flow)
-        if head is not None:
-            head.requires_grad_(in_pitch)
         if in_pitch:
             assert head is not None
             loss = head.loss(FrameConditioner.normalise(mel), f0)
