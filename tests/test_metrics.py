@@ -181,6 +181,9 @@ class NoiseVocoder:
         noise = torch.randn(mel.shape[1] * 256, generator=torch.Generator().manual_seed(seed))
         return self.refinement(0.1 * noise[None], mel[None], 2 + steps)[0]
 
+    def draw(self, mel: Tensor, *, sigma: float | None, seed: int):
+        return self(mel, sigma=sigma, seed=seed, refine=0)
+
     def resynth(self, audio: Tensor, *, seed: int, refine: int | None, sigma: float | None):
         padded = functional.pad(audio, (0, -len(audio) % 256))
         return self(self.mel(padded), sigma=sigma, seed=seed, refine=refine)[: len(audio)]

@@ -190,6 +190,15 @@ def test_densities_use_whole_hops_and_as_many_frames(
         vocoder.log_prob(samples, mel[:, :8])
 
 
+def test_a_draw_is_neither_refined_nor_clipped(vocoder: Vocoder, mel: Tensor) -> None:
+    draw = vocoder.draw(mel + 8, seed=3)
+    assert draw.abs().max() > 1
+    z = 1.0 * vocoder.flow.noise(mel.shape[-1], [3])
+    assert torch.equal(draw, vocoder.decode(z, mel + 8).reshape(draw.shape))
+    quiet = vocoder.draw(mel - 3)
+    assert torch.equal(quiet, vocoder(mel - 3, refine=0))
+
+
 def test_own_draws_are_likely(vocoder: Vocoder, mel: Tensor) -> None:
     """Far more than the same at ten times the level."""
     batch = torch.stack([mel, mel])

@@ -94,17 +94,24 @@ class Vocoder:
             ConfigError: sigma, seed or refine out of range.
         """
         batch, squeezed = self._checked_mel(mel)
-        sigma = self.config.synthesis.sigma if sigma is None else sigma
         steps = self._checked_refine(refine)
-        if not 0 <= sigma <= 10:
-            raise ConfigError(f"sigma {sigma} is out of range: give a number from 0 to 10")
-        seeds = [int(seed)] * len(batch) if isinstance(seed, int | np.integer) else list(seed)
-        if len(seeds) != len(batch):
-            raise ConfigError(f"{len(seeds)} seeds for {len(batch)} mels: give one for each")
         self._warn_of_foreign(batch)
-        noise = self.flow.noise(batch.shape[2], seeds).to(self.device)
-        audio = self.flow.decode(sigma * noise, batch)
-        audio = self._clipped(self.refinement(audio, batch, steps))
+        audio = self._clipped(self.refinement(self._drawn(batch, sigma, seed), batch, steps))
+        return audio[0] if squeezed else audio
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        mel: Tensor | np.ndarray,
+        sigma: float | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> Tensor:
+        """A draw of the flow as it is, neither refined nor clipped; arguments as `__call__`.
+
+        What `log_prob` can be asked about: a clipped sample has no likelihood to speak of.
+        """
+        batch, squeezed = self._checked_mel(mel)
+        audio = self._drawn(batch, sigma, seed)
         return audio[0] if squeezed else audio
 
     def resynth(
@@ -206,6 +213,17 @@ class Vocoder:
             with np.errstate(over="ignore"):  # what overflows is refused as infinite
                 values = torch.from_numpy(np.array(values, np.float32, order="C"))
         return torch.as_tensor(values, dtype=torch.float32, device=self.device)
+
+    def _drawn(self, batch: Tensor, sigma: float | None, seed: int | Sequence[int]) -> Tensor:
+        """A draw (B, T) for each mel of a batch that was checked."""
+        sigma = self.config.synthesis.sigma if sigma is None else sigma
+        if not 0 <= sigma <= 10:
+            raise ConfigError(f"sigma {sigma} is out of range: give a number from 0 to 10")
+        seeds = [int(seed)] * len(batch) if isinstance(seed, int | np.integer) else list(seed)
+        if len(seeds) != len(batch):
+            raise ConfigError(f"{len(seeds)} seeds for {len(batch)} mels: give one for each")
+        noise = self.flow.noise(batch.shape[2], seeds).to(self.device)
+        return self.flow.decode(sigma * noise, batch)
 
     def _checked_refine(self, refine: int | None) -> int:
         if refine is None:

@@ -45,6 +45,8 @@ class CopySynthesis(Protocol):
         self, mel: Tensor, /, *, sigma: float | None, seed: int, refine: int | None
     ) -> Tensor: ...
 
+    def draw(self, mel: Tensor, /, *, sigma: float | None, seed: int) -> Tensor: ...
+
     def resynth(
         self, audio: Tensor, /, *, sigma: float | None, seed: int, refine: int | None
     ) -> Tensor: ...
@@ -326,7 +328,7 @@ def _likelihoods(
     recording = torch.from_numpy(audio)
     mel = _padded_mel(vocoder, recording)
     draw, other = (
-        vocoder(mel, sigma=sigma, seed=draw_seed, refine=0).cpu() for draw_seed in (seed, seed + 1)
+        vocoder.draw(mel, sigma=sigma, seed=draw_seed).cpu() for draw_seed in (seed, seed + 1)
     )
     # The likelihood drops what is beyond the last whole hop, and needs one.
     missing = max(0, vocoder.mel_config.hop_length - len(recording))
