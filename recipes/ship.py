@@ -8,12 +8,13 @@ The model card, README.md, is written by hand and stays.
 
 import argparse
 import io
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import waveflow
+from waveflow.audio.dequantise import dequantise
 from waveflow.audio.io import read_audio
 from waveflow.checkpoint import load_checkpoint, save_checkpoint
 from waveflow.engine.vocoder import Vocoder
@@ -39,13 +40,22 @@ def main() -> None:
         for name, tensor in flow.state_dict().items()
     }
     folder = Path(__file__).parent.parent / "pretrained" / args.name
-    card = (folder / "README.md").read_bytes() if (folder / "README.md").is_file() else None
-    if folder.is_dir():
-        shutil.rmtree(folder)
+    extra = {"example.npy": example.getvalue()}
+    if (folder / "README.md").is_file():
+        extra["README.md"] = (folder / "README.md").read_bytes()
     folder.parent.mkdir(exist_ok=True)
-    save_checkpoint(folder, config, weights, {"example.npy": example.getvalue()})
-    if card is not None:
-        (folder / "README.md").write_bytes(card)
+    save_checkpoint(folder, config, weights, extra)
+    check_likelihood(vocoder, folder, audio)
+
+
+def check_likelihood(vocoder: Vocoder, folder: Path, audio: np.ndarray) -> None:
+    """Stops if rounding to float16 moved the likelihood of the example by more than 0.001."""
+    speech = dequantise(torch.from_numpy(audio), 0)
+    mel = vocoder.mel(audio)
+    moved = (waveflow.load(folder).log_prob(speech, mel) - vocoder.log_prob(speech, mel)).abs()
+    print(f"float16 weights move the likelihood by {moved.item():.1e} nats per sample")
+    if moved > 0.001:
+        raise SystemExit("that is too much: ship float32 weights")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_round_trip_of_speech_in_float32(clip: str, real_flow: Flow) -> None:
 
 
 def test_number_of_parameters() -> None:
-    """2.8 million with DESIGN.md's sizes, 5 million as shipped: 10 MB in float16."""
+    """2.7 million with the default sizes, 3.4 million as shipped: 7 MB in float16."""
 
     def count(config: FrameGlowConfig) -> int:
         return sum(p.numel() for p in build_flow(config, HIFIGAN).parameters())
@@ -195,9 +195,9 @@ def test_hops_that_cannot_be_halved_are_refused(hop: int, n_levels: int) -> None
 @pytest.mark.parametrize("lengths", [[9, 4, 1], [3, 9, 8]])
 @torch.no_grad()
 def test_padded_items_get_what_they_get_alone(config: FrameGlowConfig, lengths: list[int]) -> None:
-    flow = tiny(config).float()
-    audio, mel = (x.float() for x in tiny_batch(9, 3))
-    z = torch.randn(3, 16, 9, generator=torch.Generator().manual_seed(3))
+    # In float64, where what is left of a difference could only be a leak.
+    flow, (audio, mel) = tiny(config), tiny_batch(9, 3)
+    z = torch.randn(3, 16, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for item, n in enumerate(lengths):  # what lies beyond an item's end is loud
         audio[item, n * 16 :], mel[item, :, n:], z[item, :, n:] = 0.9, 2.0, 5.0
     n_frames = torch.tensor(lengths)
@@ -207,10 +207,10 @@ def test_padded_items_get_what_they_get_alone(config: FrameGlowConfig, lengths: 
         own_audio, own_mel = audio[i : i + 1, : n * 16], mel[i : i + 1, :, :n]
         own_z = flow.encode(own_audio, own_mel)[0]
         own_decoded = flow.decode(z[i : i + 1, :, :n], own_mel)[0]
-        torch.testing.assert_close(log_prob[i], flow(own_audio, own_mel)[0], rtol=1e-5, atol=1e-5)
-        # z is of the order of ten, audio of one.
-        torch.testing.assert_close(encoded[i, :, :n], own_z, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(decoded[i, : n * 16], own_decoded, rtol=1e-5, atol=1e-5)
+        own_log_prob = flow(own_audio, own_mel)[0]
+        torch.testing.assert_close(log_prob[i], own_log_prob, rtol=0, atol=1e-9)
+        torch.testing.assert_close(encoded[i, :, :n], own_z, rtol=0, atol=1e-9)
+        torch.testing.assert_close(decoded[i, : n * 16], own_decoded, rtol=0, atol=1e-9)
         assert not decoded[i, n * 16 :].any()
 
 
@@ -279,7 +279,6 @@ def test_coupling_networks_reach_as_far_as_their_body() -> None:
         config = TINY.model_copy(update={"network": kind, "dilations": (1, 2, 4)})
         network = FrameNetwork(layout, config, odd_is_active=True).double()
         torch.nn.init.normal_(network.leave.weight)
-        assert network.body.reach == reach
         frames = affected(network, passive, features, 20).any(0).nonzero().flatten()
         assert (frames.min(), frames.max()) == (20 - reach, 20 + reach)
 
@@ -411,9 +410,11 @@ def test_the_pitch_head_learns_one_batch() -> None:
         loss.backward()
         optimizer.step()
     assert loss < 0.5 * first
-    f1, cents = head.scores(mel, f0)
-    assert f1 > 0.95
-    assert cents < 50
+    logits, voicing = head(mel)
+    voiced = f0 > 0
+    assert ((voicing > 0) == voiced).float().mean() > 0.95
+    cents = 1200 * torch.log2(head.f0_hz(logits)[voiced] / f0[voiced])
+    assert cents.abs().median() < 50
 
 
 def test_the_pitch_heads_loss_on_silence_is_voicing_alone() -> None:
@@ -422,6 +423,3 @@ def test_the_pitch_heads_loss_on_silence_is_voicing_alone() -> None:
     loss = head.loss(mel, torch.zeros(1, 10))
     _, voicing = head(mel)
     torch.testing.assert_close(loss, torch.nn.functional.softplus(voicing).mean())
-    f1, cents = head.scores(mel, torch.zeros(1, 10))
-    assert f1 == 0
-    assert math.isnan(cents)

@@ -30,6 +30,7 @@ def find_model(model: str | Path | None = None) -> Path:
 
 
 def _root() -> Path:
-    # In a wheel the models lie inside the package, in a checkout beside it.
+    # In a wheel the models lie inside the package, in a checkout beside it. (A folder without
+    # __init__.py does not hide the module of its name.)
     inside = Path(__file__).parent / "pretrained"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "pretrained"

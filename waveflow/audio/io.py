@@ -98,7 +98,7 @@ def read_audio(
         audio = resample(audio, rate, sample_rate)
         notes.append(f"resampled from {rate} Hz to {sample_rate} Hz")
         rate = sample_rate
-    if audio.size < 2:
+    if min(n_read, audio.size) < 2:
         raise AudioError(f"{path} is too short: {n_read} sample(s) at its own rate")
     return np.ascontiguousarray(audio), rate, notes
 

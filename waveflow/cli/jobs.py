@@ -52,8 +52,8 @@ def plan_jobs(
         check_writable(out)
         return Jobs([(source, out)], None, 0)
     pairs = [(path, out / f"{path.stem}{out_suffix}") for path in list_inputs(source, suffixes)]
-    _make_folder(out)
     _check_apart(pairs)
+    _make_folder(out)
     wanted = [(path, target) for path, target in pairs if force or not target.exists()]
     return Jobs(wanted, out, len(pairs) - len(wanted))
 

@@ -117,9 +117,8 @@ def train(
 
     from waveflow.training.trainer import Trainer
 
-    trainer = Trainer(
-        settings, cache, out, device, init=start, resume=resume, data=_described(cache)
-    )
+    cache.verify()
+    trainer = Trainer(settings, cache, out, device, start, resume, _described(cache, init))
     logging.getLogger("waveflow").setLevel(logging.INFO)
     with _training_bar(settings.train.steps) as report:
         trainer.run(max_minutes, report)
@@ -141,12 +140,17 @@ def _training_cache(data: list[Path], own: Path, mel: "MelConfig", resume: bool)
     """The cache that is given, or the run's own, made from the corpora where it has none yet."""
     from waveflow.data.cache import MANIFEST_FILE, TrainingCache
 
+    for path in data:
+        if not path.exists():
+            raise DataError(f"--data {path}: no such folder")
     caches = [path for path in data if (path / MANIFEST_FILE).is_file()]
     if caches and len(data) > 1:
         raise ConfigError(f"{caches[0]} is a cache: give one cache, or corpora alone, as --data")
     if caches:
         cache = TrainingCache(caches[0])
     elif resume and (own / MANIFEST_FILE).is_file():
+        if data:
+            note(f"the run goes on with {own}, made from its corpora when it began")
         cache = TrainingCache(own)
     elif data:
         _note_report(_prepare(data, own, mel))
@@ -188,10 +192,14 @@ def _weights(init: str) -> tuple[Path, dict[str, "Tensor"]]:
     return folder, load_checkpoint(folder)[1].state_dict()
 
 
-def _described(cache: "TrainingCache") -> str:
+def _described(cache: "TrainingCache", init: str | None) -> str:
     """The data in words, for the checkpoint's provenance."""
     names = dict.fromkeys(clip.corpus for clip in cache.clips("train"))
-    return f"{', '.join(names)} ({cache.hours('train'):.2f} hours)"
+    described = f"{', '.join(names)} ({cache.hours('train'):.2f} hours)"
+    if init is None:
+        return described
+    before = options.read_config(init).provenance.data or "data not stated"
+    return f"{described}, started from {init}: {before}"
 
 
 @contextmanager

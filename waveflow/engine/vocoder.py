@@ -34,6 +34,8 @@ class Vocoder:
         config, flow: as given.
         sample_rate: in Hz.
         hop_length: audio samples for each mel frame.
+        mel_config: the mel that it takes.
+        refine_steps: mel refinement steps of `__call__`, unless it is told otherwise.
         refinement: the mel refinement that `__call__` applies to a draw.
 
     Example:
@@ -219,7 +221,12 @@ class Vocoder:
         sigma = self.config.synthesis.sigma if sigma is None else sigma
         if not 0 <= sigma <= 10:
             raise ConfigError(f"sigma {sigma} is out of range: give a number from 0 to 10")
-        seeds = [int(seed)] * len(batch) if isinstance(seed, int | np.integer) else list(seed)
+        if isinstance(seed, int | np.integer):
+            seeds = [int(seed)] * len(batch)
+        elif isinstance(seed, Sequence):
+            seeds = list(seed)
+        else:
+            raise ConfigError(f"seed {seed!r}: give an integer, or one for each mel")
         if len(seeds) != len(batch):
             raise ConfigError(f"{len(seeds)} seeds for {len(batch)} mels: give one for each")
         noise = self.flow.noise(batch.shape[2], seeds).to(self.device)

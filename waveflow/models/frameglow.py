@@ -142,6 +142,10 @@ class FrameConditioner(nn.Module):
         features = torch.cat([h, source, quadrature, envelope], -1)
         return Condition(features.transpose(1, 2), mask)
 
+    def pitch_loss(self, mel: Tensor, f0: Tensor) -> Tensor:
+        """The pitch head's loss for mels (B, M, F) and a tracker's F0 (B, F), 0 = unvoiced."""
+        return self.pitch.loss(self.normalise(mel), f0)
+
     @staticmethod
     def normalise(mel: Tensor) -> Tensor:
         """mel (B, M, F) -> the networks' input (B, F, M)."""

@@ -49,7 +49,6 @@ class ConvNeXt(nn.Module):
     def __init__(self, channels: int, n_layers: int, kernel_size: int = 7) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ConvNeXtBlock(channels, kernel_size) for _ in range(n_layers))
-        self.reach = n_layers * (kernel_size // 2)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for block in self.blocks:
@@ -82,7 +81,6 @@ class GatedStack(nn.Module):
     def __init__(self, channels: int, dilations: Sequence[int], kernel_size: int = 3) -> None:
         super().__init__()
         self.layers = nn.ModuleList(GatedLayer(channels, kernel_size, d) for d in dilations)
-        self.reach = sum(dilations) * (kernel_size // 2)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for layer in self.layers:

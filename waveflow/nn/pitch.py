@@ -1,7 +1,5 @@
 """PitchHead: F0 and voicing read from the mel."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ LOWEST_HZ = 55.0
 
 
 class PitchHead(nn.Module):
-    """Classes of 25 cents from 55 to 554 Hz, and a voicing logit, for each mel frame.
+    """Classes of 25 cents from 55 to 546 Hz, and a voicing logit, for each mel frame.
 
     The mel (B, L, M) says where the pitch is, not where the phase is; from this F0 the
     harmonic source is made. Trained alone on a tracker's F0, then frozen.
@@ -53,15 +51,3 @@ class PitchHead(nn.Module):
         pitch = -(target * logits.log_softmax(-1)).sum(-1)
         pitch = (pitch * voiced).sum() / voiced.sum().clamp_min(1)
         return pitch + F.binary_cross_entropy_with_logits(voicing, voiced)
-
-    @torch.no_grad()
-    def scores(self, mel: Tensor, f0: Tensor) -> tuple[float, float]:
-        """V/UV F1 and the median F0 error in cents over frames voiced in both."""
-        logits, voicing = self(mel)
-        predicted, voiced = voicing > 0, f0 > 0
-        both = predicted & voiced
-        f1 = 2 * both.sum().item() / max(1, (predicted.sum() + voiced.sum()).item())
-        if not both.any():
-            return f1, math.nan
-        cents = 1200 * torch.log2(self.f0_hz(logits)[both] / f0[both])
-        return f1, cents.abs().median().item()

@@ -10,22 +10,32 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """metrics.csv of a run always, and TensorBoard where it is installed."""
+    """metrics.csv of a run always, and TensorBoard where it is installed.
 
-    def __init__(self, out: Path) -> None:
+    Args:
+        out: the run's folder.
+        step: that the run is at. A resumed run repeats the steps after its last checkpoint, and
+            metrics.csv has their rows twice, the same on a CPU.
+    """
+
+    def __init__(self, out: Path, step: int) -> None:
         self.path = out / "metrics.csv"
         self.folder = out
+        self.step = step
 
     def __enter__(self) -> "MetricsLog":
         self.file = open(self.path, "a", newline="")
         self.writer = csv.writer(self.file)
+        if not self.file.tell():
+            self.writer.writerow(["kind", "step", "minutes", "name", "value"])
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             logger.info("tensorboard is not installed: metrics go to %s alone", self.path)
             self.board = None
         else:
-            self.board = SummaryWriter(str(self.folder))
+            # Curves of steps that a killed run had made after its last checkpoint are dropped.
+            self.board = SummaryWriter(str(self.folder), purge_step=self.step)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -34,11 +34,10 @@ from waveflow.checkpoint import (
     resolve_run,
     save_checkpoint,
 )
-from waveflow.data.cache import TrainingCache
+from waveflow.data.cache import AUDIO_FILE, TrainingCache
 from waveflow.data.segments import SegmentSampler
 from waveflow.data.statistics import mel_range
 from waveflow.errors import CheckpointError, ConfigError, DataError
-from waveflow.flow import Flow
 from waveflow.models.frameglow import FrameConditioner
 from waveflow.models.registry import build_flow
 from waveflow.training.config import Recipe, TrainConfig
@@ -78,6 +77,7 @@ class RunState(BaseModel):
     pitch_steps: int
     best: float | None
     best_name: str | None
+    audio_sha256: str
 
 
 class Trainer:
@@ -91,7 +91,6 @@ class Trainer:
         init: weights to start from; the pitch head then counts as trained.
         resume: continue the run that is in `out`, from its last checkpoint.
         data: what the data is, in words, for the checkpoint's provenance.
-        licence: of the weights.
 
     Raises:
         ConfigError: the recipe cannot be trained, or is not that of the run that is resumed.
@@ -108,7 +107,6 @@ class Trainer:
         init: tuple[Path, dict[str, Tensor]] | None = None,
         resume: bool = False,
         data: str = "",
-        licence: str = "",
     ) -> None:
         config = recipe.train
         _check(recipe, cache)
@@ -120,7 +118,7 @@ class Trainer:
         if init is not None:
             load_weights(self.flow, init[1], init[0])
         self.pitch_steps = config.pitch_steps if init is None else 0
-        if self.pitch_steps and not _pitch_head(self.flow):
+        if self.pitch_steps and not hasattr(self.flow.conditioner, "pitch_loss"):
             raise ConfigError(f"pitch_steps {config.pitch_steps}: this model has no pitch head")
         self.mel = MelSpectrogram(recipe.mel).to(self.device)
         self.spectral = SpectralDistance(recipe.mel).to(self.device)
@@ -143,9 +141,7 @@ class Trainer:
         self.step, self.minutes, self.skipped = 0, 0.0, 0
         self.best: float | None = None
         self.best_name: str | None = None
-        self.provenance = Provenance(
-            data=data, licence=licence, mel_range=mel_range(cache, recipe.mel)
-        )
+        self.provenance = Provenance(data=data, mel_range=mel_range(cache, recipe.mel))
         if resume:
             self._load()
         else:
@@ -160,7 +156,7 @@ class Trainer:
         config = self.recipe.train
         begin, saved_minutes = time.monotonic(), self.minutes
         first = self.step
-        with MetricsLog(self.out) as log:
+        with MetricsLog(self.out, self.step) as log:
             while self.step < config.steps:
                 values = self._train_step()
                 self.step += 1
@@ -195,38 +191,13 @@ class Trainer:
         config = self.recipe.train
         in_pitch = self._in_pitch()
         torch.manual_seed(config.seed * 1_000_003 + self.step)
-        batch = self.sampler.batch(self.step)
-        audio, f0 = batch.audio.to(self.device), batch.f0.to(self.device)
-        hop, margin = self.recipe.mel.hop_length, self.recipe.mel.margin_frames
-        mel = self.mel(audio)[:, :, margin : margin + config.segment_frames]
-        audio = audio[:, margin * hop : (margin + config.segment_frames) * hop]
-
+        audio, mel, f0 = self._batch()
         self.flow.train()
-        head = _pitch_head(self.flow)
         if in_pitch:
-            assert head is not None
-            loss = head.loss(FrameConditioner.normalise(mel), f0)
+            loss = cast(FrameConditioner, self.flow.conditioner).pitch_loss(mel, f0)
             values = {"pitch_loss": loss.item()}
         else:
-            terms = objectives(
-                self.flow,
-                self.spectral,
-                audio,
-                mel,
-                energy=config.energy_weight > 0,
-                calibration=config.calibration_weight > 0,
-                precision=config.precision,
-            )
-            loss = config.likelihood_weight * terms.nll
-            values = {"log_likelihood": -terms.nll.item()}
-            for name, weight in (
-                ("energy", config.energy_weight),
-                ("calibration", config.calibration_weight),
-            ):
-                term = getattr(terms, name)
-                if term is not None:
-                    loss = loss + weight * term
-                    values[name] = term.item()
+            loss, values = self._flow_loss(audio, mel)
 
         rate = learning_rate(config, self.step if in_pitch else self.step - self.pitch_steps)
         for group in self.optimizer.param_groups:
@@ -242,6 +213,36 @@ class Trainer:
             self.skipped += 1
             logger.warning("step %d skipped: loss or gradient is not finite", self.step)
         return values
+
+    def _batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The step's audio (B, T), mel (B, M, F) and F0 (B, F)."""
+        batch = self.sampler.batch(self.step)
+        audio, f0 = batch.audio.to(self.device), batch.f0.to(self.device)
+        hop, margin = self.recipe.mel.hop_length, self.recipe.mel.margin_frames
+        end = margin + self.recipe.train.segment_frames
+        return audio[:, margin * hop : end * hop], self.mel(audio)[:, :, margin:end], f0
+
+    def _flow_loss(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The weighted sum of the objectives, and each of them."""
+        config = self.recipe.train
+        terms = objectives(
+            self.flow,
+            self.spectral,
+            audio,
+            mel,
+            energy=config.energy_weight > 0,
+            calibration=config.calibration_weight > 0,
+            precision=config.precision,
+        )
+        loss = config.likelihood_weight * terms.nll
+        values = {"log_likelihood": -terms.nll.item()}
+        if terms.energy is not None:
+            loss = loss + config.energy_weight * terms.energy
+            values["energy"] = terms.energy.item()
+        if terms.calibration is not None:
+            loss = loss + config.calibration_weight * terms.calibration
+            values["calibration"] = terms.calibration.item()
+        return loss, values
 
     @torch.no_grad()
     def _update_ema(self) -> None:
@@ -303,6 +304,7 @@ class Trainer:
             pitch_steps=self.pitch_steps,
             best=self.best,
             best_name=self.best_name,
+            audio_sha256=self.cache.manifest.sha256[AUDIO_FILE],
         )
         extra = {
             TRAINING: save_safetensors({k: v.cpu().contiguous() for k, v in tensors.items()}),
@@ -346,6 +348,8 @@ class Trainer:
             state = RunState.model_validate_json(files[STATE])
         except ValidationError as error:
             raise CheckpointError(f"{folder / STATE}: {first_problem(error)}") from error
+        if state.audio_sha256 != self.cache.manifest.sha256[AUDIO_FILE]:
+            raise ConfigError(f"{self.cache.folder} is not the data of the run in {self.out}")
         self.step, self.minutes = state.step, state.minutes
         self.skipped, self.pitch_steps = state.skipped, state.pitch_steps
         self.best, self.best_name = state.best, state.best_name
@@ -388,10 +392,6 @@ def _stored_recipe(path: Path) -> Recipe | None:
 def _endless(recipe: Recipe) -> Recipe:
     """The recipe without its end, which a run may move."""
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 1})})
-
-
-def _pitch_head(flow: Flow) -> Any:
-    return getattr(flow.conditioner, "pitch", None)
 
 
 def _write_atomic(path: Path, text: str) -> None:
