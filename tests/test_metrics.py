@@ -298,3 +298,9 @@ def test_select_ids_keeps_the_lists_order_and_names_what_is_absent(tmp_path):
         select_ids(files, ids)
     with pytest.raises(DataError, match=r"none\.txt"):
         select_ids(files, tmp_path / "none.txt")
+
+
+def test_evaluate_says_what_it_did_to_recordings(speech, tmp_path, caplog):
+    write_audio(tmp_path / "a.wav", speech[:8000], 16000)
+    evaluate(NoiseVocoder(), [tmp_path / "a.wav"])
+    assert "resampled from 16000 Hz to 22050 Hz (1 files)" in caplog.text

@@ -3,7 +3,7 @@
 import importlib
 import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -195,9 +195,10 @@ def evaluate(
     likelihoods: list[_Likelihoods] = []
     bad_files: list[BadFile] = []
     lengths: list[int] = []
+    changed: Counter[str] = Counter()
     for done, path in enumerate(paths, start=1):
         try:
-            audio = read_audio(path, vocoder.sample_rate)[0]
+            audio, _, changes = read_audio(path, vocoder.sample_rate)
         except (WaveflowError, OSError) as error:
             bad_files.append(BadFile(path=str(path), message=str(error)))
         else:
@@ -206,11 +207,14 @@ def evaluate(
                 figures[name].append(_measure(chosen, audio, copy, vocoder.mel_config))
             likelihoods.append(_likelihoods(vocoder, audio, seed, sigma))
             lengths.append(len(audio))
+            changed.update(changes)
         if progress:
             progress(done, len(paths))
     if not likelihoods:
         reason = bad_files[0].message if bad_files else "give wav or flac files"
         raise AudioError(f"no recording to evaluate: {reason}")
+    for change, n_files in changed.items():
+        logger.warning("%s (%d files)", change, n_files)
     log_prob_speech, log_prob_draw = np.average(
         [(likelihood.speech, likelihood.draw) for likelihood in likelihoods],
         axis=0,
