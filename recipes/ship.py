@@ -40,11 +40,12 @@ def main() -> None:
         for name, tensor in flow.state_dict().items()
     }
     folder = Path(__file__).parent.parent / "pretrained" / args.name
-    extra = {"example.npy": example.getvalue()}
-    if (folder / "README.md").is_file():
-        extra["README.md"] = (folder / "README.md").read_bytes()
+    card = folder / "README.md"
+    text = card.read_bytes() if card.is_file() else b""
     folder.parent.mkdir(exist_ok=True)
-    save_checkpoint(folder, config, weights, extra)
+    save_checkpoint(folder, config, weights, {"example.npy": example.getvalue()})
+    # Not through the checkpoint: its manifest would call a card that is edited later damaged.
+    card.write_bytes(text)
     check_likelihood(vocoder, folder, audio)
 
 
