@@ -147,19 +147,15 @@ def _training_cache(data: list[Path], own: Path, mel: "MelConfig", resume: bool)
     if caches and len(data) > 1:
         raise ConfigError(f"{caches[0]} is a cache: give one cache, or corpora alone, as --data")
     if caches:
-        cache = TrainingCache(caches[0])
-    elif resume and (own / MANIFEST_FILE).is_file():
+        return TrainingCache(caches[0])
+    if resume and (own / MANIFEST_FILE).is_file():
         if data:
             note(f"the run goes on with {own}, made from its corpora when it began")
-        cache = TrainingCache(own)
     elif data:
         _note_report(_prepare(data, own, mel))
-        cache = TrainingCache(own)
     else:
         raise ConfigError("no training data: give a corpus or a cache with --data")
-    if not cache.clips("val"):
-        raise DataError(f"{cache.folder} has no validation clips: a corpus needs two or more clips")
-    return cache
+    return TrainingCache(own)
 
 
 def _prepare(

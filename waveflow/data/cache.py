@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
-from waveflow.data.f0 import F0_CEILING_HZ, F0_FLOOR_HZ
+from waveflow.audio.f0 import F0_CEILING_HZ, F0_FLOOR_HZ
 from waveflow.data.ljspeech import Split
 from waveflow.errors import DataError
 

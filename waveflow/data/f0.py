@@ -2,10 +2,8 @@
 
 import numpy as np
 
+from waveflow.audio.f0 import dio_stonemask
 from waveflow.errors import ConfigError
-
-F0_FLOOR_HZ = 60.0
-F0_CEILING_HZ = 500.0
 
 
 def track_f0(audio: np.ndarray, sample_rate: int, hop_length: int) -> np.ndarray:
@@ -21,25 +19,13 @@ def track_f0(audio: np.ndarray, sample_rate: int, hop_length: int) -> np.ndarray
 
     Raises:
         ConfigError: pyworld is not installed.
-
-    Reference: dio (Morise, Kawahara and Katayose 2009) refined by stonemask, of WORLD (Morise,
-        Yokomori and Ozawa 2016).
     """
+    # The tracker's frames start at sample 0: at half the hop, the odd ones are the blocks' centres.
+    half_hop_ms = 1000 * hop_length / 2 / sample_rate
     try:
-        import pyworld
+        f0 = dio_stonemask(audio, sample_rate, half_hop_ms)
     except ImportError as error:
         raise ConfigError(
             f"tracking F0 needs the package pyworld ({error}): pip install 'waveflow[train]'"
         ) from error
-    samples = np.ascontiguousarray(audio, dtype=np.float64)
-    # dio's frames start at sample 0: at half the hop, the odd ones are the blocks' centres.
-    half_hop_ms = 1000 * hop_length / 2 / sample_rate
-    f0, times = pyworld.dio(
-        samples,
-        sample_rate,
-        f0_floor=F0_FLOOR_HZ,
-        f0_ceil=F0_CEILING_HZ,
-        frame_period=half_hop_ms,
-    )
-    f0 = pyworld.stonemask(samples, f0, times, sample_rate)
-    return f0[1::2][: len(samples) // hop_length].astype(np.float32)
+    return f0[1::2][: len(audio) // hop_length].astype(np.float32)

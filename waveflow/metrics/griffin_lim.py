@@ -1,8 +1,8 @@
 """Griffin-Lim: speech from a mel without a network, the baseline that a vocoder has to beat.
 
 Two inversions of the filterbank. `least_squares_magnitude` is the usual one (librosa's NNLS gives
-the same figures); its zeros and ripples between bands cost half a point of PESQ and more, so the
-baseline to be measured against is `smooth_magnitude`. As in the vocoder, F frames give F hops.
+the same figures); its zeros and ripples between bands cost half a point of PESQ, which
+`smooth_magnitude` does not lose. `evaluate` prints both. As in the vocoder, F frames give F hops.
 """
 
 import math

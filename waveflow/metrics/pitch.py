@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-F0_FLOOR_HZ = 60.0
-F0_CEILING_HZ = 500.0
+from waveflow.audio.f0 import dio_stonemask
+
 FRAME_PERIOD_MS = 5.0
 
 
@@ -22,30 +22,6 @@ class Voicing(NamedTuple):
     f0_error_cents: float
 
 
-def track_f0(audio: NDArray[np.floating], sample_rate: int) -> NDArray[np.float64]:
-    """F0 in Hz every 5 ms, 0 where unvoiced; `audio` is (T,).
-
-    Figures depend on the tracker (harvest finds far more voiced frames), so it is fixed here:
-    dio then stonemask, 60 to 500 Hz.
-
-    Raises:
-        ImportError: without `pyworld`.
-
-    Reference: Morise et al. 2016 (WORLD).
-    """
-    import pyworld
-
-    samples = np.ascontiguousarray(audio, dtype=np.float64)
-    f0, times = pyworld.dio(
-        samples,
-        sample_rate,
-        f0_floor=F0_FLOOR_HZ,
-        f0_ceil=F0_CEILING_HZ,
-        frame_period=FRAME_PERIOD_MS,
-    )
-    return pyworld.stonemask(samples, f0, times, sample_rate)
-
-
 def compare_f0(reference_f0: NDArray[np.floating], f0: NDArray[np.floating]) -> Voicing:
     """Agreement of two F0 tracks (frames,) in Hz, 0 where unvoiced."""
     voiced_reference, voiced = reference_f0 > 0, f0 > 0
@@ -59,5 +35,10 @@ def compare_f0(reference_f0: NDArray[np.floating], f0: NDArray[np.floating]) -> 
 def voicing(
     reference: NDArray[np.floating], audio: NDArray[np.floating], sample_rate: int
 ) -> Voicing:
-    """Voiced/unvoiced F1 and F0 error in cents of `audio` against `reference`, both (T,)."""
-    return compare_f0(track_f0(reference, sample_rate), track_f0(audio, sample_rate))
+    """Voiced/unvoiced F1 and F0 error in cents of `audio` against `reference`, both (T,).
+
+    Raises:
+        ImportError: without the package `pyworld`.
+    """
+    first, second = (dio_stonemask(x, sample_rate, FRAME_PERIOD_MS) for x in (reference, audio))
+    return compare_f0(first, second)

@@ -122,7 +122,6 @@ class FrameConditioner(nn.Module):
         self.register_buffer("band_to_bin", _interpolation(mel), persistent=False)
 
     def forward(self, mel: Tensor, mask: Tensor | None = None) -> Condition:
-        # Log-mels of speech lie in -11.5 .. 2: brought to the order of one.
         x = self.normalise(mel)
         mask_l1 = None if mask is None else mask.transpose(1, 2)
         # Envelope, pitch and phase under autocast would be heard.
@@ -148,7 +147,7 @@ class FrameConditioner(nn.Module):
 
     @staticmethod
     def normalise(mel: Tensor) -> Tensor:
-        """mel (B, M, F) -> the networks' input (B, F, M)."""
+        """mel (B, M, F), -11.5 .. 2 in speech, -> the networks' input (B, F, M), of order one."""
         return (mel.transpose(1, 2) + 5) / 3
 
 

@@ -24,18 +24,16 @@ def validate(flow: Flow, cache: TrainingCache, mel: nn.Module, device: torch.dev
 
     The two means are equal for a model whose draws are distributed as speech is.
     """
-    total, draw_total, n_samples, n_positions = 0.0, 0.0, 0, 0
+    total, draw_total, n_samples = 0.0, 0.0, 0
     example = torch.zeros(0)
     for index, (clip, samples, _) in enumerate(cache.val_clips()):
         length = clip.frames * cache.hop_length
         audio = dequantise(torch.from_numpy(samples), index)[:length].to(device)
         cond = flow.condition(mel(audio[None])[..., : clip.frames])
-        n_positions = length // flow.channels
-        log_prob = flow.log_prob(audio[None], cond.crop(n_positions))[0]
-        draw, _ = flow.bijection.inverse(
-            flow.noise(clip.frames, [0]).to(device), cond.crop(n_positions)
-        )
-        draw_log_prob = flow.log_prob(draw[:, 0], cond.crop(n_positions))[0]
+        cond = cond.crop(length // flow.channels)
+        log_prob = flow.log_prob(audio[None], cond)[0]
+        draw, _ = flow.bijection.inverse(flow.noise(clip.frames, [0]).to(device), cond)
+        draw_log_prob = flow.log_prob(draw[:, 0], cond)[0]
         total += log_prob.item() * length
         draw_total += draw_log_prob.item() * length
         n_samples += length
