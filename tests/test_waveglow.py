@@ -357,3 +357,20 @@ def test_config_says_what_is_wrong(fields: dict[str, int], message: str) -> None
 
 def test_config_survives_json() -> None:
     assert WaveGlowConfig.model_validate_json(TINY.model_dump_json()) == TINY
+
+
+@pytest.mark.parametrize("fields", [{"conditioning": "repeated"}, {"alternate": True}])
+def test_the_other_layouts_are_invertible_and_differ(fields: dict[str, object]) -> None:
+    flow = waveglow(TINY.model_copy(update=fields)).double()
+    plain = waveglow(TINY).double()
+    generator = torch.Generator().manual_seed(5)
+    for parameter in (*flow.parameters(), *plain.parameters()):
+        parameter.data = 0.3 * torch.randn(
+            parameter.shape, generator=generator, dtype=torch.float64
+        )
+    mel = torch.randn(1, TINY.n_mels, 6, generator=generator, dtype=torch.float64)
+    audio = torch.randn(1, 6 * TINY.hop_length, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        z = flow.encode(audio, mel)
+        assert (flow.decode(z, mel) - audio).abs().max() < 1e-8
+        assert (plain.encode(audio, mel) - z).abs().max() > 1e-3

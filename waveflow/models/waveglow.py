@@ -35,7 +35,12 @@ class WaveGlowConfig(BaseModel):
         hidden_channels: channels of its residual and skip paths (paper: 512 and 256; the
             published code's configuration: 256 both).
         kernel_size: width of its dilated convolutions (paper: 3).
-        upsample_kernel: taps of the transposed convolution that upsamples the mel.
+        conditioning: "upsampled", by a learned transposed convolution to audio rate, or
+            "repeated", each frame held through its hop: M features for each vector instead of
+            M squeeze_factor, so that wide groups (SqueezeWave, Zhai et al. 2020) stay cheap.
+        upsample_kernel: taps of the transposed convolution.
+        alternate: whether the halves exchange roles from flow to flow, as in the oldest
+            published code; the first half is passive always without it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +55,9 @@ class WaveGlowConfig(BaseModel):
     n_layers: PositiveInt = 8
     hidden_channels: PositiveInt = 256
     kernel_size: PositiveInt = 3
+    conditioning: Literal["upsampled", "repeated"] = "upsampled"
     upsample_kernel: PositiveInt = 1024
+    alternate: bool = False
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "WaveGlowConfig":
@@ -88,9 +95,13 @@ def waveglow(config: WaveGlowConfig) -> Flow:
     active half (equations 5 to 8). Its sigma scales the noise at synthesis and is no part of
     the density here, which has sigma 1.
     """
-    conditioner = UpsampledMel(
-        config.n_mels, config.upsample_kernel, config.hop_length, config.squeeze_factor
-    )
+    conditioner: UpsampledMel | RepeatedMel
+    if config.conditioning == "upsampled":
+        conditioner = UpsampledMel(
+            config.n_mels, config.upsample_kernel, config.hop_length, config.squeeze_factor
+        )
+    else:
+        conditioner = RepeatedMel(config.n_mels, config.hop_length // config.squeeze_factor)
     channels = config.squeeze_factor
     whole = level = Chain(Squeeze(config.squeeze_factor))
     for k in range(config.n_flows):
@@ -101,14 +112,15 @@ def waveglow(config: WaveGlowConfig) -> Flow:
             channels -= config.n_early_size
         network = WaveNet(
             in_channels=channels // 2,
-            cond_channels=config.n_mels * config.squeeze_factor,
+            cond_channels=conditioner.n_features,
             hidden_channels=config.hidden_channels,
             out_channels=Affine.n_params * channels // 2,
             n_layers=config.n_layers,
             kernel_size=config.kernel_size,
         )
         level.steps.append(InvertibleConv1x1(channels))
-        level.steps.append(Coupling(network, Affine(), Halves()))
+        halves = Halves(swap=config.alternate and k % 2 == 1)
+        level.steps.append(Coupling(network, Affine(), halves))
     return Flow(whole, conditioner, config.squeeze_factor, config.hop_length)
 
 
@@ -119,6 +131,7 @@ class UpsampledMel(nn.Module):
         super().__init__()
         self.upsample = Upsample(n_mels, kernel_size, hop_length)
         self.squeeze_factor = squeeze_factor
+        self.n_features = n_mels * squeeze_factor
 
     def forward(self, mel: Tensor, mask: Tensor | None = None) -> Condition:
         """Mel (B, M, F) and mask (B, 1, F) to a condition of F hop / squeeze_factor positions."""
@@ -126,3 +139,18 @@ class UpsampledMel(nn.Module):
         if mask is not None:
             mask = mask.repeat_interleave(self.upsample.stride // self.squeeze_factor, 2)
         return Condition(features, mask)
+
+
+class RepeatedMel(nn.Module):
+    """Each mel frame held through its hop: M features, `times` positions for a frame."""
+
+    def __init__(self, n_mels: int, times: int) -> None:
+        super().__init__()
+        self.times = times
+        self.n_features = n_mels
+
+    def forward(self, mel: Tensor, mask: Tensor | None = None) -> Condition:
+        """Mel (B, M, F) and mask (B, 1, F) to a condition of F times positions."""
+        if mask is not None:
+            mel, mask = mel * mask, mask.repeat_interleave(self.times, 2)
+        return Condition(mel.repeat_interleave(self.times, 2), mask)
