@@ -16,7 +16,7 @@ import torch
 import waveflow
 from waveflow.audio.dequantise import dequantise
 from waveflow.audio.io import read_audio
-from waveflow.checkpoint import load_checkpoint, save_checkpoint
+from waveflow.checkpoint import EXAMPLE, load_checkpoint, save_checkpoint
 from waveflow.engine.vocoder import Vocoder
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     card = folder / "README.md"
     text = card.read_bytes() if card.is_file() else b""
     folder.parent.mkdir(exist_ok=True)
-    save_checkpoint(folder, config, weights, {"example.npy": example.getvalue()})
+    save_checkpoint(folder, config, weights, {EXAMPLE: example.getvalue()})
     # Not through the checkpoint: its manifest would call a card that is edited later damaged.
     card.write_bytes(text)
     check_likelihood(vocoder, folder, audio)

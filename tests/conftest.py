@@ -1,10 +1,19 @@
-"""Fixtures that several test files share: a tiny model, a voice, a corpus."""
+"""What several test files share: a tiny model, a voice, a corpus, figures of the published code."""
 
+import hashlib
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import soundfile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from waveflow.flow import Flow
 
 SAMPLE_RATE = 22050
 N_MELS = 80
@@ -66,3 +75,47 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (corpus / "metadata.csv").write_text("".join(f"{clip}|words|words\n" for clip in ids))
     (corpus / "val.txt").write_text(f"{ids[-1]}\n")
     return corpus
+
+
+def upsample_weight(arrays: Mapping[str, np.ndarray]) -> "Tensor":
+    """The (80, 80, 1024) weight that the 80-band fixture keeps as integer factors."""
+    import torch
+
+    a, b = (arrays[f"upsample_factor_{k}"].astype(np.int64) for k in "ab")
+    integers = np.einsum("rio,rk->iok", a, b, optimize=True)
+    weight = np.ascontiguousarray(integers.astype("<f4") / np.float32(8192))
+    digest = hashlib.sha256(weight.tobytes()).hexdigest()
+    assert digest == str(arrays["upsample_weight_sha256"])
+    return torch.from_numpy(weight)
+
+
+def latent(reference: "Mapping[str, Tensor]") -> "Tensor":
+    """The published code injects the noise that left last first: z holds it in reverse."""
+    import torch
+
+    noises = sorted(name for name in reference if name.removeprefix("noise_").isdecimal())
+    return torch.cat([reference[name] for name in reversed(noises)], 1)
+
+
+def encode_with_terms(
+    flow: "Flow", audio: "Tensor", mel: "Tensor"
+) -> tuple["Tensor", "Tensor", "Tensor"]:
+    """z of a WaveGlow, then the sums over positions (n_flows, B) of log_s and of log|det W|."""
+    import torch
+
+    from waveflow.bijections.base import record_log_dets
+
+    with torch.no_grad(), record_log_dets() as terms:
+        z = flow.encode(audio, mel)
+    sums = torch.stack([term.sum(1) for term in terms])
+    return z, sums[1::2], sums[0::2]
+
+
+def published_loss(flow: "Flow", audio: "Tensor", mel: "Tensor", sigma: float) -> "Tensor":
+    """NLL - log(sqrt(2 pi)) at sigma 1; other sigmas weigh the z term by 1 / sigma^2."""
+    import torch
+
+    with torch.no_grad():
+        nll = -flow(audio, mel).mean()
+        half_square = 0.5 * flow.encode(audio, mel).square().mean()
+    return nll - 0.5 * math.log(2 * math.pi) + half_square * (1 / sigma**2 - 1)

@@ -26,6 +26,7 @@ from waveflow.checkpoint import (
     SynthesisConfig,
     load_checkpoint,
     load_weights,
+    manifest_bytes,
     save_checkpoint,
 )
 from waveflow.errors import CheckpointError, WaveflowError
@@ -79,9 +80,9 @@ def refusal(folder: Path, verify: bool = True) -> str:
 def replace(folder: Path, name: str, data: bytes) -> None:
     """Changes a file and its hash, as who wants to be believed would."""
     (folder / name).write_bytes(data)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["sha256"][name] = hashlib.sha256(data).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    hashes = json.loads((folder / MANIFEST).read_text())["sha256"]
+    hashes[name] = hashlib.sha256(data).hexdigest()
+    (folder / MANIFEST).write_bytes(manifest_bytes(hashes))
 
 
 # --- round trip ---

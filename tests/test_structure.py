@@ -16,7 +16,7 @@ LEVELS = [
     {"flow"},
     {"models"},
     {"checkpoint"},
-    {"data", "metrics", "training", "engine"},
+    {"data", "metrics", "training", "engine", "foreign"},
     {"tts", "export"},
     {"cli"},
     {"__main__"},

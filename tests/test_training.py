@@ -20,7 +20,13 @@ from torch import Tensor
 
 from waveflow.audio.mel import MEL_PRESETS, MelConfig, MelSpectrogram
 from waveflow.bijections.base import record_log_dets
-from waveflow.checkpoint import CONFIG, RUN_POINTER, load_checkpoint, resolve_run
+from waveflow.checkpoint import (
+    CONFIG,
+    RUN_POINTER,
+    load_checkpoint,
+    manifest_bytes,
+    resolve_run,
+)
 from waveflow.data.cache import (
     AUDIO_FILE,
     F0_FILE,
@@ -671,9 +677,9 @@ def test_damaged_runs_are_one_error(
         (last / file).write_bytes(data)
         with pytest.raises(CheckpointError, match="is damaged"):
             Trainer(recipe(), cache, run, resume=True)
-        manifest = json.loads((last / "manifest.json").read_text())
-        manifest["sha256"][file] = hashlib.sha256(data).hexdigest()
-        (last / "manifest.json").write_text(json.dumps(manifest))
+        hashes = json.loads((last / "manifest.json").read_text())["sha256"]
+        hashes[file] = hashlib.sha256(data).hexdigest()
+        (last / "manifest.json").write_bytes(manifest_bytes(hashes))
     with pytest.raises(error, match=message) as caught:
         Trainer(recipe(), cache, run, resume=True)
     assert "\n" not in str(caught.value)
@@ -685,9 +691,9 @@ def test_a_checkpoint_without_moments_cannot_be_resumed(
     run = tmp_path / "run"
     shutil.copytree(finished.out, run)
     last = resolve_run(run, "last")
-    manifest = json.loads((last / "manifest.json").read_text())
-    del manifest["sha256"][TRAINING]
-    (last / "manifest.json").write_text(json.dumps(manifest))
+    hashes = json.loads((last / "manifest.json").read_text())["sha256"]
+    del hashes[TRAINING]
+    (last / "manifest.json").write_bytes(manifest_bytes(hashes))
     with pytest.raises(CheckpointError, match="cannot resume"):
         Trainer(recipe(), cache, run, resume=True)
 

@@ -5,21 +5,19 @@ models. Tolerances: three to twenty times the measured float32 rounding of the r
 (differences from its float64 recomputation), which leaves room for another summation order.
 """
 
-import hashlib
 import json
-import math
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
 import pytest
 import torch
+from conftest import encode_with_terms, latent, published_loss, upsample_weight
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from waveflow.bijections import Chain, Coupling, InvertibleConv1x1, InvertibleConv1x1PLU
-from waveflow.bijections.base import record_log_dets
 from waveflow.errors import CheckpointError
 from waveflow.flow import Flow
 from waveflow.models.nvidia import from_nvidia, load_nvidia_state_dict, nvidia_names
@@ -27,7 +25,6 @@ from waveflow.models.waveglow import WaveGlowConfig, waveglow
 from waveflow.nn.wavenet import WaveNet
 
 FIXTURES = Path(__file__).parent / "fixtures"
-HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 TINY = WaveGlowConfig(
     n_mels=4,
     hop_length=16,
@@ -64,19 +61,10 @@ def _read(name: str) -> Published:
     state_dict = load_file(folder / "state_dict.safetensors")
     with np.load(folder / "reference.npz", allow_pickle=False) as arrays:
         if "upsample_factor_a" in arrays:
-            weight = _upsample_weight(arrays["upsample_factor_a"], arrays["upsample_factor_b"])
-            assert hashlib.sha256(weight.tobytes()).hexdigest() == str(
-                arrays["upsample_weight_sha256"]
-            )
-            state_dict["upsample.weight"] = torch.from_numpy(weight)
+            state_dict["upsample.weight"] = upsample_weight(arrays)
         reference = {k: torch.from_numpy(v) for k, v in arrays.items() if v.dtype.kind in "fi"}
         reference["grad_names"] = list(arrays["grad_names"])  # type: ignore[assignment]
     return Published(config, state_dict, reference)
-
-
-def _upsample_weight(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    integers = np.einsum("rio,rk->iok", a.astype(np.int64), b.astype(np.int64), optimize=True)
-    return np.ascontiguousarray(integers.astype("<f4") / np.float32(8192))
 
 
 @pytest.fixture(scope="module", params=["nvidia-waveglow-small", "nvidia-waveglow-80mel"])
@@ -89,17 +77,9 @@ def small() -> Published:
     return _read("nvidia-waveglow-small")
 
 
-def _encode(flow: Flow, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z, then the sums over positions (n_flows, B) of log_s and of log|det W|."""
-    with torch.no_grad(), record_log_dets() as terms:
-        z = flow.encode(audio, mel)
-    sums = torch.stack([term.sum(1) for term in terms])
-    return z, sums[1::2], sums[0::2]
-
-
 def test_z_and_log_determinants_are_the_published_ones(published: Published) -> None:
     reference = published.reference
-    z, log_s, log_det = _encode(published.flow(), reference["audio"], reference["mel"])
+    z, log_s, log_det = encode_with_terms(published.flow(), reference["audio"], reference["mel"])
     torch.testing.assert_close(z, reference["z"], rtol=0, atol=1e-5)
     torch.testing.assert_close(log_s, reference["log_s_sum_per_item"], rtol=1e-6, atol=2e-3)
     torch.testing.assert_close(log_s.sum(1), reference["log_s_sum"], rtol=1e-6, atol=2e-3)
@@ -108,7 +88,7 @@ def test_z_and_log_determinants_are_the_published_ones(published: Published) -> 
 
 def test_log_determinants_in_float64(published: Published) -> None:
     reference = published.reference
-    _, log_s, log_det = _encode(
+    _, log_s, log_det = encode_with_terms(
         published.flow().double(), reference["audio"].double(), reference["mel"].double()
     )
     # Both sides are float64 sums of at most 2e4 terms of order 1: 1e-9 is far above rounding.
@@ -120,21 +100,13 @@ def test_log_determinants_in_float64(published: Published) -> None:
     ("dtype", "prefix", "tolerance"), [(torch.float32, "", 1e-6), (torch.float64, "f64_", 1e-12)]
 )
 def test_loss(published: Published, dtype: torch.dtype, prefix: str, tolerance: float) -> None:
-    """NLL = loss + log(s sqrt(2 pi)) at s = 1; other s weigh the z term by 1 / s^2."""
     reference = published.reference
     flow = published.flow().to(dtype)
     audio, mel = reference["audio"].to(dtype), reference["mel"].to(dtype)
-    with torch.no_grad():
-        nll = -flow(audio, mel).mean()
-        half_square = 0.5 * flow.encode(audio, mel).square().mean()
-    loss = nll - HALF_LOG_TWO_PI
-    torch.testing.assert_close(
-        loss, reference[f"{prefix}loss_sigma_1"].to(dtype), rtol=0, atol=tolerance
-    )
-    loss_07071 = loss + half_square * (1 / 0.7071**2 - 1)
-    torch.testing.assert_close(
-        loss_07071, reference[f"{prefix}loss_sigma_07071"].to(dtype), rtol=0, atol=tolerance
-    )
+    for name, sigma in (("1", 1.0), ("07071", 0.7071)):
+        loss = published_loss(flow, audio, mel, sigma)
+        expected = reference[f"{prefix}loss_sigma_{name}"].to(dtype)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=tolerance)
 
 
 def test_gradients(published: Published) -> None:
@@ -169,7 +141,7 @@ def test_synthesis_from_stored_noise(
     flow = published.flow()
     if prepared:
         flow.prepare_for_inference()
-    z = sigma * _latent(reference)
+    z = sigma * latent(reference)
     with torch.no_grad():
         audio = flow.decode(z, reference["infer_mel"])
         again = flow.encode(audio, reference["infer_mel"])
@@ -177,16 +149,10 @@ def test_synthesis_from_stored_noise(
     torch.testing.assert_close(again, z, rtol=0, atol=3e-5)
 
 
-def _latent(reference: dict[str, Tensor]) -> Tensor:
-    """The published code injects the noise that left last first: z holds it in reverse."""
-    noises = sorted(name for name in reference if name.removeprefix("noise_").isdecimal())
-    return torch.cat([reference[name] for name in reversed(noises)], 1)
-
-
 def test_audio_that_is_no_whole_number_of_groups(small: Published) -> None:
     reference = small.reference
     audio = reference["ragged_audio"][:, :3000]  # 3005 samples: the last 5 make no group
-    z, log_s, log_det = _encode(small.flow(), audio, reference["ragged_mel"])
+    z, log_s, log_det = encode_with_terms(small.flow(), audio, reference["ragged_mel"])
     torch.testing.assert_close(z, reference["ragged_z"], rtol=0, atol=1e-5)
     torch.testing.assert_close(log_s[:, 0], reference["ragged_log_s_sum"], rtol=1e-6, atol=2e-3)
     torch.testing.assert_close(log_det[:, 0], reference["ragged_log_det_W"], rtol=0, atol=3e-3)

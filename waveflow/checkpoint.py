@@ -25,6 +25,8 @@ from waveflow.flow import Flow
 from waveflow.models.registry import FlowConfig, build_flow
 
 FORMAT = 1
+# The mel of a validation clip, with a model that ships.
+EXAMPLE = "example.npy"
 CONFIG, WEIGHTS, MANIFEST, RUN_POINTER = (
     "config.json",
     "model.safetensors",
@@ -107,7 +109,7 @@ def save_checkpoint(
         **(extra or {}),
     }
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    files[MANIFEST] = (json.dumps({"format": FORMAT, "sha256": hashes}, indent=1) + "\n").encode()
+    files[MANIFEST] = manifest_bytes(hashes)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -140,9 +142,15 @@ def _exchange(new: Path, folder: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def manifest_bytes(hashes: dict[str, str]) -> bytes:
+    """The manifest of files with these SHA-256 hashes, the only spelling of it that is read."""
+    return (json.dumps({"format": FORMAT, "sha256": hashes}, indent=1) + "\n").encode()
+
+
 def read_files(folder: Path, verify: bool = True) -> dict[str, bytes]:
     """The files of a checkpoint folder, their hashes checked against the manifest."""
-    manifest = _json(_read(folder, MANIFEST), folder / MANIFEST)
+    data = _read(folder, MANIFEST)
+    manifest = _json(data, folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder} has checkpoint format {manifest.get('format')!r}; this waveflow reads "
@@ -158,6 +166,9 @@ def read_files(folder: Path, verify: bool = True) -> dict[str, bytes]:
         files[name] = _read(folder, name)
         if verify and hashlib.sha256(files[name]).hexdigest() != expected:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
+    # Nothing has the manifest's own hash: damage between its words shows in its spelling.
+    if verify and data != manifest_bytes(hashes):
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: waveflow spells it otherwise")
     return files
 
 

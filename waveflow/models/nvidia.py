@@ -42,15 +42,14 @@ def load_nvidia_state_dict(flow: Flow, state_dict: Mapping[str, Tensor]) -> None
     own = flow.state_dict()
     converted = {}
     for name, own_name in names.items():
-        tensor = state_dict[name]
-        if name.startswith("convinv."):
-            tensor = tensor.squeeze(-1)
-        if tensor.shape != own[own_name].shape:
+        tensor, shape = state_dict[name], own[own_name].shape
+        published_shape = (*shape, 1) if name.startswith("convinv.") else tuple(shape)
+        if tuple(tensor.shape) != published_shape:
             raise CheckpointError(
-                f"{name!r} has shape {tuple(state_dict[name].shape)}, but this configuration "
-                f"needs {tuple(own[own_name].shape)}"
+                f"{name!r} has shape {tuple(tensor.shape)}, but this configuration needs "
+                f"{published_shape}"
             )
-        converted[own_name] = tensor
+        converted[own_name] = tensor.reshape(shape)
     flow.load_state_dict(converted)
 
 

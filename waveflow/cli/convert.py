@@ -1,0 +1,89 @@
+"""`waveflow convert`: published checkpoints to our folders."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from waveflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from waveflow.foreign.lineage import Converted
+
+
+class Lineage(StrEnum):
+    """The values of `waveflow.foreign.lineage.Lineage`, which --help must not import."""
+
+    auto = "auto"
+    glow = "glow"
+    glow_old = "glow_old"
+    dle = "dle"
+
+
+def convert(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A file of torch.save, or a state dict as .safetensors."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", metavar="FOLDER", help="The model's folder, for --model."),
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="JSON", help="The config.json that the model was trained with."
+        ),
+    ] = None,
+    lineage: Annotated[
+        Lineage, typer.Option("--lineage", help="The code that the weights belong to.")
+    ] = Lineage.auto,
+) -> None:
+    """Published WaveGlow checkpoints to a model's folder, without running them.
+
+    Reads what NVIDIA's WaveGlow and the WaveGlow of its DeepLearningExamples
+    (torch.hub) have written since 2018. The file is read by a process of its own
+    that calls nothing in it. Without --config the mel settings are NVIDIA's.
+
+    \b
+    Examples:
+      waveflow convert waveglow_256channels.pt -o waveglow
+      waveflow convert waveglow_4000 --config config.json -o waveglow
+      waveflow vocode mel.npy -o out.wav --model waveglow
+    """
+    from waveflow.checkpoint import save_checkpoint
+    from waveflow.foreign.lineage import convert as read
+
+    _check_replaceable(out)
+    converted = read(checkpoint, config, lineage.value)
+    save_checkpoint(out, converted.config, converted.flow.state_dict())
+    print(f"read {checkpoint}: {_words(converted)}")
+    print(f"wrote {out}: waveflow vocode mel.npy -o out.wav --model {out}")
+
+
+def _check_replaceable(folder: Path) -> None:
+    from waveflow.checkpoint import MANIFEST
+
+    if not folder.parent.is_dir():
+        raise ConfigError(f"cannot write {folder}: there is no folder {folder.parent}")
+    is_other = folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file()
+    if is_other or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"{folder} is there and is no checkpoint: name another folder")
+
+
+def _words(converted: "Converted") -> str:
+    from waveflow.engine.cost import count_parameters
+    from waveflow.models.waveglow import WaveGlowConfig
+
+    header, model, mel = converted.header, converted.config.model, converted.config.mel
+    assert isinstance(model, WaveGlowConfig)
+    iteration = f", iteration {header.iteration:,}" if header.iteration else ""
+    return (
+        f"{converted.lineage} ({header.container}), {model.n_flows} flows of {model.n_layers} "
+        f"layers of {model.hidden_channels} channels, "
+        f"{count_parameters(converted.flow) / 1e6:.2f} M parameters{iteration}; mels of "
+        f"{mel.n_mels} bands at {mel.sample_rate} Hz, hop {mel.hop_length}"
+    )

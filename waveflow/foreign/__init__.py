@@ -1,0 +1,1 @@
+"""Published WaveGlow checkpoints: read without running them, and turned into ours."""

@@ -1,0 +1,277 @@
+"""From the tensors of a published checkpoint to a WaveGlow: layouts, lineages, sizes.
+
+Three lines of the published code share their mathematics but for one point: `glow_old` lets the
+halves of a coupling exchange their roles from flow to flow. What differs besides is the layout,
+how the layers of a coupling's network were cut and named, and that tells itself.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from waveflow.bijections import InvertibleConv1x1
+from waveflow.checkpoint import (
+    ModelConfig,
+    Provenance,
+    SynthesisConfig,
+    first_problem,
+    parse_tensors,
+)
+from waveflow.errors import CheckpointError
+from waveflow.flow import Flow
+from waveflow.foreign.config import mel_config, read_config
+from waveflow.foreign.sandbox import Header, read_torch_file
+from waveflow.models.nvidia import from_nvidia
+from waveflow.models.waveglow import WaveGlowConfig
+
+Lineage = Literal["auto", "glow", "glow_old", "dle"]
+# Both are constants of the published code, in no config.
+_TAPS, _HOP = 1024, 256
+# The published recommendation for synthesis (0.666 and 0.6 in its two places).
+_SIGMA = 0.6
+_MAX_SAFETENSORS_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A published checkpoint as ours, and what was read."""
+
+    config: ModelConfig
+    flow: Flow
+    header: Header
+    lineage: Lineage
+
+
+def convert(path: Path, config_path: Path | None = None, lineage: Lineage = "auto") -> Converted:
+    """Reads a published WaveGlow checkpoint, whichever it is.
+
+    Args:
+        path: a file of torch.save, or a state dict as safetensors.
+        config_path: a published config.json; sizes that the checkpoint states itself go first.
+        lineage: of the code that the weights belong to; "auto" tells by the checkpoint.
+
+    Raises:
+        CheckpointError: missing, damaged, refused, no WaveGlow, or not to be told apart.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file")
+    published = read_config(config_path)
+    header, weights = _read_weights(path)
+    try:
+        layers = _layers(weights)
+        lineage = _told(lineage, header, layers)
+        state_dict = _fused(layers)
+        stated = published.waveglow_config.stated() | header.sizes
+        model = _model_config(state_dict, stated, lineage, published.data_config.hop_length)
+        mel = mel_config(model, published.data_config)
+        flow = from_nvidia(state_dict, model)
+        _check_invertible(flow)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    origin = f"unknown; converted from a published {lineage} checkpoint, {path.name}"
+    config = ModelConfig(
+        model=model,
+        mel=mel,
+        synthesis=SynthesisConfig(sigma=_SIGMA),
+        provenance=Provenance(data=origin, steps=header.iteration),
+    )
+    return Converted(config, flow.eval(), header, lineage)
+
+
+def _read_weights(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < _MAX_SAFETENSORS_HEADER:
+        return Header(container="safetensors"), parse_tensors(path.read_bytes(), path)
+    return read_torch_file(path)
+
+
+def _layers(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors in float32 by layer and by kind: weight, weight_g, weight_v, bias."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        # DeepLearningExamples' reader does the same; DataParallel adds `module.` alone.
+        own = name.removeprefix("module.1.").removeprefix("module.")
+        for newer, older in (("original0", "weight_g"), ("original1", "weight_v")):
+            own = own.replace(f"parametrizations.weight.{newer}", older)
+        layer, _, kind = own.rpartition(".")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"its tensor {name!r:.60} is {tensor.dtype}: no weights")
+        tensor = tensor.float()
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"its tensor {name!r:.60} holds values that are not finite")
+        layers.setdefault(layer, {})[kind] = tensor
+    return layers
+
+
+def _told(asked: Lineage, header: Header, layers: Mapping[str, Any]) -> Lineage:
+    if asked != "auto":
+        return asked
+    if header.module is not None:
+        return "glow_old" if header.module.rpartition(".")[2] == "glow_old" else "glow"
+    if header.has_config:
+        return "dle"
+    if "WN.0.cond_layers.0" in layers and "WN.0.res_skip_layers.0" in layers:
+        raise CheckpointError(
+            "these weights, without their classes, may be of glow_old or not, which decides what "
+            "they compute: say --lineage glow_old, dle or glow"
+        )
+    return "glow"
+
+
+def _fused(layers: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Names and layout of the newest published code, every layer of a network in weight norm."""
+    fused = dict(layers)
+    for k in range(_count(layers, "convinv.{}.conv")):
+        for name in _numbered(layers, f"WN.{k}.res_layers"):
+            skip = name.replace("res_layers", "skip_layers")
+            rows = [fused.pop(name), fused.pop(skip, {})]
+            fused[name.replace("res_layers", "res_skip_layers")] = _stacked(rows, skip)
+        for name in _numbered(layers, f"WN.{k}.skip_layers"):
+            if name in fused:  # the last has no residual
+                fused[name.replace("skip_layers", "res_skip_layers")] = fused.pop(name)
+        parts = _numbered(layers, f"WN.{k}.cond_layers")
+        if parts:
+            rows = [fused.pop(name) for name in parts]
+            fused[f"WN.{k}.cond_layer"] = _stacked(rows, parts[0])
+    return {
+        f"{name}.{kind}": tensor
+        for name, layer in fused.items()
+        for kind, tensor in (_normed(layer, name) if _has_norm(name) else layer).items()
+    }
+
+
+def _has_norm(layer: str) -> bool:
+    return layer.startswith("WN.") and not layer.endswith(".end")
+
+
+def _normed(layer: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """A layer w = g v / |v| for each row (Salimans and Kingma 2016), whether folded or not.
+
+    A `weight` beside g and v is left from before training and means nothing.
+    """
+    if "weight_g" in layer or "weight_v" in layer:
+        return {kind: tensor for kind, tensor in layer.items() if kind != "weight"}
+    if "weight" not in layer or layer["weight"].dim() != 3:
+        raise CheckpointError(f"its layer {name!r:.60} has no weight (out, in, taps)")
+    weight = layer["weight"]
+    norm = weight.double().flatten(1).norm(dim=1)[:, None, None]
+    # A row of zeros has no direction; with g = 0 any will do.
+    direction = torch.where(norm > 0, weight, torch.ones_like(weight))
+    rest = {kind: tensor for kind, tensor in layer.items() if kind != "weight"}
+    return {"weight_g": norm.float(), "weight_v": direction, **rest}
+
+
+def _stacked(rows: list[dict[str, Tensor]], name: str) -> dict[str, Tensor]:
+    """Layers of the same input as one: weight norm is for each row, so that rows stay."""
+    layers = [_normed(layer, name) for layer in rows]
+    if any(layer.keys() != layers[0].keys() for layer in layers):
+        raise CheckpointError(f"its layers beside {name!r:.60} are incomplete")
+    try:
+        return {kind: torch.cat([layer[kind] for layer in layers]) for kind in layers[0]}
+    except RuntimeError as error:
+        raise CheckpointError(f"its layers beside {name!r:.60} differ in size") from error
+
+
+def _numbered(layers: Mapping[str, Any], prefix: str) -> list[str]:
+    return [f"{prefix}.{i}" for i in range(_count(layers, f"{prefix}.{{}}"))]
+
+
+def _count(layers: Mapping[str, Any], pattern: str) -> int:
+    count = 0
+    while pattern.format(count) in layers:
+        count += 1
+    return count
+
+
+def _model_config(
+    weights: Mapping[str, Tensor], stated: dict[str, int], lineage: Lineage, hop: int | None
+) -> WaveGlowConfig:
+    """Sizes as the shapes have them, checked against those that are stated."""
+    taps = _shape(weights, "upsample.weight", 3)
+    group, *matrices = [
+        _shape(weights, f"convinv.{k}.conv.weight", 3)[0]
+        for k in range(max(1, _count(weights, "convinv.{}.conv.weight")))
+    ]
+    kernel = _shape(weights, "WN.0.in_layers.0.weight_v", 3)
+    sizes = {
+        "n_mel_channels": taps[0],
+        "n_flows": 1 + len(matrices),
+        "n_group": group,
+        "n_layers": _count(weights, "WN.0.in_layers.{}.weight_v"),
+        "n_channels": kernel[1],
+        "kernel_size": kernel[2],
+    } | _early_sizes([group, *matrices], stated.get("n_early_every", 0))
+    for name, size in sizes.items():
+        if stated.get(name, size) != size:
+            raise CheckpointError(
+                f"{name} is stated as {stated[name]}, but the shapes of the weights make it {size}"
+            )
+    every, flows = sizes["n_early_every"], range(1, sizes["n_flows"])
+    if lineage == "glow_old" and any((k % every == 0) != (k % 4 == 0) for k in flows):
+        raise CheckpointError(
+            f"n_early_every is {every}, but glow_old synthesises with 4 whatever its config: say "
+            "--lineage glow or dle if the weights are none of glow_old"
+        )
+    hop = stated.get("hop_length", hop) or (_HOP if taps[2] == _TAPS else None)
+    if hop is None:
+        raise CheckpointError(
+            f"its upsampler has {taps[2]} taps, not {_TAPS}: give --config with the hop_length"
+        )
+    try:
+        return WaveGlowConfig(
+            n_mels=sizes["n_mel_channels"],
+            hop_length=hop,
+            n_flows=sizes["n_flows"],
+            squeeze_factor=group,
+            n_early_every=sizes["n_early_every"],
+            n_early_size=sizes.get("n_early_size", WaveGlowConfig().n_early_size),
+            n_layers=sizes["n_layers"],
+            hidden_channels=sizes["n_channels"],
+            kernel_size=sizes["kernel_size"],
+            upsample_kernel=taps[2],
+            alternate=lineage == "glow_old",
+        )
+    except ValidationError as error:
+        raise CheckpointError(first_problem(error)) from error
+
+
+def _check_invertible(flow: Flow) -> None:
+    matrices = [m.weight for m in flow.modules() if isinstance(m, InvertibleConv1x1)]
+    for k, matrix in enumerate(matrices):
+        if not torch.linalg.slogdet(matrix.detach().double()).logabsdet.isfinite():
+            raise CheckpointError(f"its 1x1 convolution {k} has no inverse")
+
+
+def _shape(weights: Mapping[str, Tensor], name: str, n_axes: int) -> tuple[int, ...]:
+    if name not in weights:
+        raise CheckpointError(f"it has no tensor {name!r}: is it a WaveGlow?")
+    shape = tuple(weights[name].shape)
+    if len(shape) != n_axes or 0 in shape:
+        raise CheckpointError(f"its tensor {name!r} has the shape {shape}")
+    return shape
+
+
+def _early_sizes(matrices: list[int], stated_every: int) -> dict[str, int]:
+    """How often and how many channels leave, from the sizes of the 1x1 matrices.
+
+    Channels leave before flow k when k > 0 is a multiple of n_early_every. Where none leave, it is
+    any number from that of the flows on, and n_early_size means nothing.
+    """
+    drops = {k: matrices[k - 1] - matrices[k] for k in range(1, len(matrices))}
+    first = next((k for k, drop in drops.items() if drop), None)
+    if first is None:
+        return {"n_early_every": max(stated_every, len(matrices))}
+    if drops[first] < 0 or any(
+        drop != (drops[first] if k % first == 0 else 0) for k, drop in drops.items()
+    ):
+        raise CheckpointError(f"its 1x1 convolutions have the sizes {matrices}: not a WaveGlow's")
+    return {"n_early_every": first, "n_early_size": drops[first]}
