@@ -23,11 +23,16 @@ class InvertibleConv1x1(Bijection):
     def __init__(self, channels: int, start: str = "orthogonal") -> None:
         super().__init__()
         self.weight = nn.Parameter(_start_matrix(channels, start))
-        self._inverse: Tensor | None = None
+        self._inverse: tuple[Tensor, Tensor] | None = None
 
     def matrix(self) -> Tensor:
         """W, (C, C)."""
         return self.weight
+
+    def inverted(self) -> tuple[Tensor, Tensor]:
+        """W^-1 (C, C), worked out in float64, and log|det W|."""
+        matrix = self.matrix()
+        return torch.linalg.inv(matrix.double()).to(matrix.dtype), self.log_abs_det()
 
     def log_abs_det(self) -> Tensor:
         """log|det W|, a scalar."""
@@ -35,23 +40,17 @@ class InvertibleConv1x1(Bijection):
         return torch.linalg.slogdet(self.weight)[1]
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        return _mix(self.matrix(), x), self._log_det(x, cond, sign=1)
+        return _mix(self.matrix(), x), _sum(self.log_abs_det(), x, cond)
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        inverse = self._inverse
-        if inverse is None or torch.is_grad_enabled():
-            matrix = self.matrix()
-            inverse = torch.linalg.inv(matrix.double()).to(matrix.dtype)
-        return _mix(inverse, z), self._log_det(z, cond, sign=-1)
-
-    def _log_det(self, x: Tensor, cond: Condition | None, sign: int) -> Tensor:
-        return sum_log_det(sign * self.log_abs_det().expand(x.shape[0], 1, x.shape[2]), cond)
+        kept = None if torch.is_grad_enabled() else self._inverse
+        matrix, log_abs_det = self.inverted() if kept is None else kept
+        return _mix(matrix, z), _sum(-log_abs_det, z, cond)
 
     @torch.no_grad()
     def prepare_for_inference(self) -> None:
         """Inverts W once. Undone by `train()` and by loading weights."""
-        matrix = self.matrix()
-        self._inverse = torch.linalg.inv(matrix.double()).to(matrix.dtype)
+        self._inverse = self.inverted()
 
     def train(self, mode: bool = True) -> "InvertibleConv1x1":
         if mode:
@@ -102,6 +101,10 @@ def _mix(matrix: Tensor, x: Tensor) -> Tensor:
     # On the transposed view: frame-rate signals lie in memory as (B, L, C).
     with full_precision(x):
         return torch.matmul(x.to(matrix.dtype).transpose(1, 2), matrix.T).transpose(1, 2)
+
+
+def _sum(log_abs_det: Tensor, x: Tensor, cond: Condition | None) -> Tensor:
+    return sum_log_det(log_abs_det.expand(x.shape[0], 1, x.shape[2]), cond)
 
 
 def _start_matrix(channels: int, start: str) -> Tensor:

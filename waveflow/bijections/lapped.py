@@ -29,6 +29,9 @@ class LappedSqueeze(Bijection):
             DST-IV: with the plain one it gives amplitude and phase of a signal in each band.
     """
 
+    # Blocks on each side that a block of the result depends on.
+    reach = 1
+
     def __init__(self, n: int, quadrature: bool = False) -> None:
         super().__init__()
         if n % 2:
@@ -44,23 +47,32 @@ class LappedSqueeze(Bijection):
                 f"not {tuple(x.shape)}"
             )
         blocks = self._rotate(x.reshape(batch, length // self.n, self.n), cond, sign=1)
-        return self._transform(blocks).transpose(1, 2), zero_log_det(x)
+        return self.transform(blocks).transpose(1, 2), zero_log_det(x)
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        blocks = self._rotate(self._transform(z.transpose(1, 2)), cond, sign=-1)
+        blocks = self._rotate(self.transform(z.transpose(1, 2)), cond, sign=-1)
         return blocks.reshape(z.shape[0], 1, -1), zero_log_det(z)
 
-    def _transform(self, blocks: Tensor) -> Tensor:
-        matrix = _type_four(self.n, self.quadrature, blocks.dtype, blocks.device)
+    def matrix(self, like: Tensor) -> Tensor:
+        """What transforms a block, (n, n), symmetric, of the type and device of `like`."""
+        return _type_four(self.n, self.quadrature, like.dtype, like.device)
+
+    def rotation(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (n / 2,) of the rotation at distance i from an edge."""
+        cosine, sine = _edge_rotation(self.n, like.dtype, like.device)
+        return cosine, -sine if self.quadrature else sine
+
+    def transform(self, blocks: Tensor) -> Tensor:
+        """Each block (B, L, n) into bands or back."""
         with full_precision(blocks):
-            return blocks @ matrix
+            return blocks @ self.matrix(blocks)
 
     def _rotate(self, blocks: Tensor, cond: Condition | None, sign: int) -> Tensor:
         """Rotates the pairs (edge + i, edge - 1 - i) at each inner edge; sign -1 undoes it."""
         half = self.n // 2
         head, tail = blocks[..., :half], blocks[..., half:].flip(-1)
-        cosine, sine = _edge_rotation(self.n, blocks.dtype, blocks.device)
-        sine = sine * (-sign if self.quadrature else sign)
+        cosine, sine = self.rotation(blocks)
+        sine = sign * sine
         if cond is not None and cond.mask is not None:
             inner = cond.mask[:, 0, 1:, None].to(blocks.dtype)
             cosine, sine = 1 + inner * (cosine - 1), inner * sine

@@ -17,6 +17,7 @@ class DepthwiseConv(nn.Conv1d):
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__(channels, channels, kernel_size, padding="same", groups=channels)
+        self.reach = kernel_size // 2
 
     def forward(self, x: Tensor) -> Tensor:
         # As a channels-last 2-D convolution it reads (B, L, C) memory without a copy.
@@ -63,6 +64,7 @@ class GatedLayer(nn.Module):
         super().__init__()
         self.kernel_size = kernel_size
         self.dilation = dilation
+        self.reach = dilation * (kernel_size // 2)
         self.dilated = nn.Linear(kernel_size * channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 
 class WaveNet(nn.Module):
@@ -58,6 +59,11 @@ class WaveNet(nn.Module):
         """Positions of x that one position of the result sees, itself included."""
         return 1 + sum((c.kernel_size[0] - 1) * c.dilation[0] for c in self._dilated())
 
+    @property
+    def reach(self) -> int:
+        """Positions on each side that one position of the result sees."""
+        return self.receptive_field // 2
+
     def _dilated(self) -> list[nn.Conv1d]:
         return [layer for layer in self.in_layers if isinstance(layer, nn.Conv1d)]
 
@@ -82,3 +88,14 @@ class WaveNet(nn.Module):
                 h = h + residual[0]
             skips = skips + skip
         return self.end(skips)
+
+
+def fold_weight_norm(module: nn.Module) -> nn.Module:
+    """Replaces, in place, every weight of direction and length by the weight itself.
+
+    For inference alone: names and shapes are no longer those of a checkpoint.
+    """
+    for layer in module.modules():
+        if is_parametrized(layer, "weight"):
+            remove_parametrizations(layer, "weight")
+    return module
