@@ -1,5 +1,6 @@
 """The command line: every verb, option and error, in process; a few as a process of its own."""
 
+import io
 import json
 import os
 import shlex
@@ -25,7 +26,18 @@ from waveflow.cli.options import MelPreset
 from waveflow.engine.cost import count_parameters, macs_per_second, measure_speed
 from waveflow.engine.vocoder import load
 
-VERBS = ("vocode", "resynth", "mel", "prepare", "train", "evaluate", "info")
+VERBS = (
+    "vocode",
+    "resynth",
+    "mel",
+    "denoise",
+    "prepare",
+    "train",
+    "evaluate",
+    "bench",
+    "info",
+    "convert",
+)
 HOP = 256
 
 
@@ -236,6 +248,129 @@ def test_a_foreign_mel_is_named(run: Run, tmp_path: Path, tiny_model: Path):
     result = run("vocode", decibels, "-o", out, "--model", tiny_model)
     assert result.status == 0 and out.exists()
     assert f"waveflow: {decibels}: " in result.err and "decibels" in result.err
+
+
+# vocode from and to pipes
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts bytes on the standard input."""
+
+    def put(*parts: bytes) -> None:
+        stream = io.TextIOWrapper(io.BytesIO(b"".join(parts)))
+        monkeypatch.setattr(sys, "stdin", stream)
+
+    return put
+
+
+def npy(array: np.ndarray, **options: bool) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+def to_pcm(audio: torch.Tensor) -> bytes:
+    return np.clip(np.round(audio.numpy() * 32768.0), -32768, 32767).astype("<i2").tobytes()
+
+
+@pytest.mark.parametrize("cuts", [[], [1, 2, 20]])
+def test_vocode_from_a_pipe_to_a_pipe(
+    stdin: Callable[..., None],
+    capsysbinary: pytest.CaptureFixture[bytes],
+    tiny_model: Path,
+    cuts: list[int],
+):
+    mel = voice_mel()
+    expected = load(tiny_model)(mel)
+    stdin(*map(npy, np.split(mel, cuts, axis=1)))
+    assert main(["vocode", "-", "-o", "-", "--model", str(tiny_model), "--float"]) == 0
+    out, err = capsysbinary.readouterr()
+    assert err == b""
+    np.testing.assert_allclose(np.frombuffer(out, "<f4"), expected.numpy(), rtol=0, atol=1e-5)
+    stdin(*map(npy, np.split(mel, cuts, axis=1)))
+    assert main(["vocode", "-", "-o", "-", "--model", str(tiny_model)]) == 0
+    steps = np.frombuffer(capsysbinary.readouterr().out, "<i2").astype(int)
+    assert np.abs(steps - np.frombuffer(to_pcm(expected), "<i2")).max() <= 1
+
+
+def test_vocode_between_files_and_pipes(
+    stdin: Callable[..., None],
+    capsysbinary: pytest.CaptureFixture[bytes],
+    mel_file: Path,
+    tmp_path: Path,
+    tiny_model: Path,
+):
+    options = ["--model", str(tiny_model), "--seed", "3"]
+    plain, out = tmp_path / "plain.wav", tmp_path / "out.wav"
+    assert main(["vocode", str(mel_file), "-o", str(plain), *options]) == 0
+    stdin(mel_file.read_bytes())
+    assert main(["vocode", "-", "-o", str(out), *options]) == 0
+    assert out.read_bytes() == plain.read_bytes()
+    capsysbinary.readouterr()
+    assert main(["vocode", str(mel_file), "-o", "-", *options]) == 0
+    assert capsysbinary.readouterr().out == to_pcm(torch.from_numpy(samples(plain)))
+
+
+def bad_streams() -> dict[str, tuple[bytes, str]]:
+    mel = voice_mel()
+    good = npy(mel)
+    endless = npy(np.zeros((N_MELS, 1), np.float32)).replace(b"(80, 1), ", b"(80, 9), ")
+    return {
+        "empty": (b"", "empty"),
+        "garbage": (b"no array", "array 1 of the stream is cut off"),
+        "truncated": (good + good[:-1], "array 2 of the stream is cut off"),
+        "header": (good + good[:20], "array 2 of the stream is cut off"),
+        "too short": (endless, "array 1 of the stream is cut off"),
+        "pickle": (npy(np.array([{}]), allow_pickle=True), "array 1"),
+        "flat": (npy(mel[0]), "(bands, frames)"),
+        "bands": (npy(mel[:40]), "40 bands, the model takes 80"),
+        "nan": (good + npy(mel * np.nan), "array 2 of the stream holds NaN"),
+        "words": (npy(np.array([["a"]])), "not real numbers"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_streams())
+def test_bad_streams(
+    run: Run, stdin: Callable[..., None], tmp_path: Path, tiny_model: Path, name: str
+):
+    data, words = bad_streams()[name]
+    stdin(data)
+    result = run("vocode", "-", "-o", tmp_path / "out.wav", "--model", tiny_model)
+    assert_one_line(result, "stdin", words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pipes_and_what_does_not_fit(run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path):
+    model = ("--model", tiny_model)
+    assert_one_line(run("vocode", tmp_path, "-o", "-", *model), "is a folder")
+    assert_one_line(run("vocode", tmp_path / "no.npy", "-o", "-", *model), "does not exist")
+    assert_one_line(run("vocode", "-", "-o", tmp_path / "no" / "a.wav", *model), "no folder")
+    assert_one_line(run("vocode", mel_file, "-o", "-", *model, "--sigma", "nan"), "sigma")
+
+
+def test_clipping_in_a_stream_is_noted_once(
+    run: Run, stdin: Callable[..., None], tmp_path: Path, tiny_model: Path
+):
+    loud = np.full((N_MELS, 300), 4.0, np.float32) - 12 * (np.arange(300) % 8 == 0)
+    stdin(*map(npy, np.split(loud.astype(np.float32), 3, axis=1)))
+    result = run("vocode", "-", "-o", tmp_path / "out.wav", "--model", tiny_model)
+    assert result.status == 0
+    assert result.err.count("\n") == 1 and result.err.startswith("waveflow: stdin: ")
+    assert "clipped" in result.err
+
+
+def test_no_verify(run: Run, mel_file: Path, wav: Path, tmp_path: Path, tiny_model: Path):
+    import shutil
+
+    folder, out = tmp_path / "model", tmp_path / "out.wav"
+    shutil.copytree(tiny_model, folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text() + " ")
+    for verb, source in (("vocode", mel_file), ("resynth", wav)):
+        args = (verb, source, "-o", out, "--model", folder)
+        assert_one_line(run(*args), "damaged")
+        assert run(*args, "--no-verify").status == 0
 
 
 # resynth
@@ -552,15 +687,15 @@ def test_an_empty_folder(run: Run, tmp_path: Path, tiny_model: Path):
 def test_an_interrupted_folder_job_leaves_nothing_half_written(
     run: Run, mels: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    write, calls = soundfile.write, []
+    write, calls = soundfile.SoundFile.write, []
 
-    def interrupted(path: Path, *args: object, **options: object) -> None:
-        calls.append(path)
-        write(path, *args, **options)
+    def interrupted(file: soundfile.SoundFile, audio: np.ndarray) -> None:
+        calls.append(file)
+        write(file, audio)
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(soundfile, "write", interrupted)
+    monkeypatch.setattr(soundfile.SoundFile, "write", interrupted)
     result = run("vocode", mels, "-o", tmp_path / "wavs", "--model", tiny_model)
     assert_one_line(result, "interrupted", status=130)
     assert [path.name for path in (tmp_path / "wavs").iterdir()] == ["clip0.wav"]
@@ -883,6 +1018,32 @@ def test_exit_status_of_the_process(tmp_path: Path):
     assert result.stderr == "waveflow: no.npy does not exist\n"
     result = process(["-m", "waveflow", "--version"], cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, f"waveflow {__version__}\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX pipes")
+def test_a_live_pipe_speaks_before_its_end_and_may_be_closed(tiny_model: Path):
+    """Audio comes while the mel is still coming; a listener that leaves is no error."""
+    args = ["-m", "waveflow", "vocode", "-", "-o", "-", "--model", tiny_model, "--threads", "1"]
+    running = subprocess.Popen(
+        [sys.executable, *args],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert running.stdin is not None and running.stdout is not None
+    try:
+        running.stdin.write(npy(np.tile(voice_mel(), 4)))
+        running.stdin.flush()
+        assert len(running.stdout.read(2 * HOP)) == 2 * HOP
+        running.stdout.close()
+        for _ in range(8):
+            running.stdin.write(npy(np.tile(voice_mel(), 4)))
+        running.stdin.close()
+    except BrokenPipeError:
+        pass  # it may have noticed before all was written
+    finally:
+        assert running.wait(60) == 0
+    assert running.stderr is not None and running.stderr.read() == b""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")

@@ -368,8 +368,7 @@ def test_the_phase_holds_for_an_hour() -> None:
     source = HarmonicSource(rate, hop)(torch.full((1, n_samples // hop), float(f0)))[0]
     cycles = np.arange(n_samples - rate + 1, n_samples + 1, dtype=np.int64) * f0 % rate / rate
     expected = sum(np.cos(2 * np.pi * k * cycles) for k in (1, 2, 3)) * math.sqrt(2 / 3)
-    # The F0 itself is interpolated in float32, which is worth 3e-5 cycles here.
-    assert np.abs(source[-rate:].numpy() - expected).max() < 3e-3
+    assert np.abs(source[-rate:].numpy() - expected).max() < 1e-5
 
 
 # --- PitchHead ---

@@ -17,14 +17,20 @@ def standard_normal_log_prob(z: Tensor, mask: Tensor | None = None) -> Tensor:
     return log_prob.sum((1, 2))
 
 
-def draw_noise(n_frames: int, hop_length: int, seeds: Sequence[int]) -> Tensor:
+def draw_noise(
+    n_frames: int, hop_length: int, seeds: Sequence[int], first_frame: int = 0
+) -> Tensor:
     """Standard normal noise (B, n_frames hop_length), float32, on the CPU; a row for each seed.
+
+    It is the noise of an utterance from `first_frame` on, so that it can be drawn in pieces.
 
     Drawn in fixed blocks of frames, each from a generator seeded by (seed, block), because
     `torch.randn` of one length is no prefix of a longer draw. So place in a batch, length,
     chunking and device do not change an item's noise.
     """
-    blocks = range(-(-n_frames // NOISE_BLOCK_FRAMES))
+    last_frame = first_frame + n_frames
+    blocks = range(first_frame // NOISE_BLOCK_FRAMES, -(-last_frame // NOISE_BLOCK_FRAMES))
+    begin = (first_frame - blocks.start * NOISE_BLOCK_FRAMES) * hop_length
     size = NOISE_BLOCK_FRAMES * hop_length
     generator = torch.Generator()
     rows = []
@@ -33,7 +39,7 @@ def draw_noise(n_frames: int, hop_length: int, seeds: Sequence[int]) -> Tensor:
         for block in blocks:
             generator.manual_seed(_mix_seed(seed, block))
             row.append(torch.randn(size, generator=generator))
-        rows.append(torch.cat(row)[: n_frames * hop_length])
+        rows.append(torch.cat(row)[begin : begin + n_frames * hop_length])
     return torch.stack(rows)
 
 

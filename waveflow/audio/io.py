@@ -1,11 +1,12 @@
 """Reads and writes audio and mel files: the only place that touches their formats."""
 
+import itertools
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -134,21 +135,45 @@ def write_audio(
         AudioError: If the suffix is another, the audio is not (T,) or not finite, or the folder is
             missing or cannot be written to.
     """
+    with open_audio(path, sample_rate, float32) as write:
+        write(audio)
+
+
+@contextmanager
+def open_audio(
+    path: str | os.PathLike[str], sample_rate: int, float32: bool = False
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Gives a function that writes the next audio (T,); arguments and errors as `write_audio`.
+
+    Example:
+        >>> with open_audio("out.wav", 22050) as write:
+        ...     for piece in pieces:
+        ...         write(piece)
+    """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in _FORMATS:
         raise AudioError(f"cannot write {path}: the name must end in .wav or .flac")
     if float32 and suffix != ".wav":
         raise AudioError(f"cannot write {path}: 32-bit floats need a name that ends in .wav")
-    audio = np.asarray(audio)
-    if audio.ndim != 1 or audio.size == 0:
-        raise AudioError(f"cannot write {path}: audio of shape {audio.shape}, expected (samples,)")
-    if not np.isfinite(audio).all():
-        raise AudioError(f"cannot write {path}: the audio holds NaN or infinite samples")
-    samples = audio.astype(np.float32) if float32 else to_int16(audio)
-    with _writing(path, AudioError) as temporary:
-        subtype = "FLOAT" if float32 else "PCM_16"
-        soundfile.write(temporary, samples, sample_rate, subtype, format=_FORMATS[suffix])
+    subtype = "FLOAT" if float32 else "PCM_16"
+
+    def write(audio: np.ndarray) -> None:
+        audio = np.asarray(audio)
+        if audio.ndim != 1 or audio.size == 0:
+            shape = audio.shape
+            raise AudioError(f"cannot write {path}: audio of shape {shape}, expected (samples,)")
+        if not np.isfinite(audio).all():
+            raise AudioError(f"cannot write {path}: the audio holds NaN or infinite samples")
+        file.write(audio.astype(np.float32) if float32 else to_int16(audio))
+
+    with (
+        _writing(path, AudioError) as temporary,
+        soundfile.SoundFile(
+            temporary, "w", sample_rate, 1, subtype, format=_FORMATS[suffix]
+        ) as file,
+    ):
+        yield write
 
 
 def read_mel(path: str | os.PathLike[str]) -> np.ndarray:
@@ -168,19 +193,47 @@ def read_mel(path: str | os.PathLike[str]) -> np.ndarray:
     suffix = path.suffix.lower()
     if suffix not in MEL_SUFFIXES:
         raise MelMismatchError(f"{path} is not a mel file: its name must end in .npy, .npz or .pt")
-    mel = _load_tensor(path) if suffix == ".pt" else _load_numpy(path)
-    if mel.dtype.kind not in "fiu":
-        raise MelMismatchError(f"{path} holds values of type {mel.dtype}, not real numbers")
-    if mel.ndim == 3 and mel.shape[0] == 1:
-        mel = mel[0]
-    if mel.ndim != 2:
-        raise MelMismatchError(f"{path} has shape {mel.shape}; a mel is (bands, frames)")
-    if mel.size == 0:
-        raise MelMismatchError(f"{path} is empty: shape {mel.shape}")
-    mel = np.ascontiguousarray(mel, dtype=np.float32)
-    if not np.isfinite(mel).all():
-        raise MelMismatchError(f"{path} holds NaN or infinite values; compute the mel again")
-    return mel
+    return _as_mel(_load_tensor(path) if suffix == ".pt" else _load_numpy(path), str(path))
+
+
+def read_mels(stream: BinaryIO) -> Iterator[np.ndarray]:
+    """Reads mels that come one after another, as `np.save` writes them, from a pipe or a file.
+
+    Each is given as soon as it is complete. Nothing in the stream is executed.
+
+    Args:
+        stream: open for reading bytes.
+
+    Returns:
+        (n_mels, F) float32 each, as `read_mel`.
+
+    Raises:
+        MelMismatchError: If an array is cut off, no plain .npy array, or no mel.
+    """
+    for count in itertools.count(1):
+        first = stream.read(1)
+        if not first:
+            return
+        where = f"array {count} of the stream"
+        try:
+            mel = np.lib.format.read_array(_Unread(first, stream), allow_pickle=False)
+        except Exception as error:  # damaged headers raise from numpy and the parser
+            raise MelMismatchError(
+                f"{where} is cut off, or is no .npy array of plain numbers"
+            ) from error
+        yield _as_mel(mel, where)
+
+
+class _Unread:
+    """A stream of which the first bytes have been read; only `read`, so that numpy never seeks."""
+
+    def __init__(self, first: bytes, stream: BinaryIO) -> None:
+        self._first = first
+        self._stream = stream
+
+    def read(self, n_bytes: int = -1, /) -> bytes:
+        first, self._first = self._first, b""
+        return first + self._stream.read(n_bytes - len(first))
 
 
 def write_mel(path: str | os.PathLike[str], mel: np.ndarray) -> None:
@@ -194,6 +247,22 @@ def write_mel(path: str | os.PathLike[str], mel: np.ndarray) -> None:
         raise MelMismatchError(f"cannot write {path}: the name of a mel file must end in .npy")
     with _writing(path, MelMismatchError) as temporary:
         np.save(temporary, np.asarray(mel, dtype=np.float32), allow_pickle=False)
+
+
+def _as_mel(mel: np.ndarray, name: str) -> np.ndarray:
+    """(n_mels, F) float32 of an array that was read, or a MelMismatchError."""
+    if mel.dtype.kind not in "fiu":
+        raise MelMismatchError(f"{name} holds values of type {mel.dtype}, not real numbers")
+    if mel.ndim == 3 and mel.shape[0] == 1:
+        mel = mel[0]
+    if mel.ndim != 2:
+        raise MelMismatchError(f"{name} has shape {mel.shape}; a mel is (bands, frames)")
+    if mel.size == 0:
+        raise MelMismatchError(f"{name} is empty: shape {mel.shape}")
+    mel = np.ascontiguousarray(mel, dtype=np.float32)
+    if not np.isfinite(mel).all():
+        raise MelMismatchError(f"{name} holds NaN or infinite values; compute the mel again")
+    return mel
 
 
 def _existing_file(path: str | os.PathLike[str], error: type[WaveflowError]) -> Path:

@@ -48,6 +48,18 @@ class MelRefinement(nn.Module):
         self.power = power
         self.momentum = momentum
 
+    def context(self, steps: int) -> tuple[int, int]:
+        """Frames to the left and to the right that a frame of audio depends on after `steps`."""
+        config = self.spectrogram.config
+        n_fft, hop = config.n_fft, config.hop_length
+        edge = edge_padding(n_fft, hop, config.padding)
+        first, last = 0, hop - 1
+        for _ in range(steps):
+            # From the first sample of the first STFT frame that covers `first`, and so on.
+            first = ((first + edge - n_fft) // hop + 1) * hop - edge
+            last = (last + edge) // hop * hop - edge + n_fft - 1
+        return -(first // hop), last // hop
+
     @torch.no_grad()
     def forward(
         self, audio: Tensor, mel: Tensor, steps: int, lengths: Tensor | None = None

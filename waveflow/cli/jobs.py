@@ -88,8 +88,8 @@ def run_jobs(jobs: Jobs, work: Callable[[Path, Path], None]) -> None:
 
 
 @contextmanager
-def about(path: Path) -> Iterator[None]:
-    """Names the file in what a vocoder says of its contents: warnings (as notes) and errors."""
+def about(source: Path | str) -> Iterator[None]:
+    """Names the source in what a vocoder says of its contents: warnings (as notes) and errors."""
     from waveflow.engine.vocoder import VocoderWarning
 
     show = warnings.showwarning
@@ -103,7 +103,7 @@ def about(path: Path) -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if issubclass(category, VocoderWarning):
-            note(f"{path}: {message}")
+            note(f"{source}: {message}")
         else:
             show(message, category, filename, lineno, file, line)
 
@@ -113,7 +113,7 @@ def about(path: Path) -> Iterator[None]:
         try:
             yield
         except (AudioError, MelMismatchError) as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise type(error)(f"{source}: {error}") from error
 
 
 def _make_folder(out: Path) -> None:

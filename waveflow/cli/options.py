@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from waveflow.cli.console import note
 from waveflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,6 +19,16 @@ class MelPreset(StrEnum):
 
     hifigan = "hifigan"
     nvidia = "nvidia"
+
+
+class PrecisionName(StrEnum):
+    """Values of `waveflow.load`'s precision, which --help must not import."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
 
 
 Model = Annotated[
@@ -52,6 +63,26 @@ Seed = Annotated[
     int,
     typer.Option("--seed", metavar="N", help="Of the noise: another seed is another draw."),
 ]
+Precision = Annotated[
+    PrecisionName,
+    typer.Option(
+        "--precision",
+        help="Of the networks' products; int8 needs the extra `int8`, auto measures and says.",
+    ),
+]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="torch.compile: a slow first call, for long jobs.")
+]
+Denoise = Annotated[
+    float | None,
+    typer.Option(
+        "--denoise",
+        min=0,
+        max=10,
+        metavar="STRENGTH",
+        help="Subtract the model's own hum: 0.01 to 0.1 for a WaveGlow.",
+    ),
+]
 Device = Annotated[
     str, typer.Option("--device", metavar="NAME", help="Such as cpu, cuda, cuda:1 or mps.")
 ]
@@ -60,20 +91,42 @@ Threads = Annotated[
     typer.Option("--threads", min=1, metavar="N", help="CPU threads. Without it: torch's choice."),
 ]
 Float = Annotated[
-    bool, typer.Option("--float", help="Write 32-bit floats instead of 16-bit integers (WAV only).")
+    bool, typer.Option("--float", help="Write 32-bit floats instead of 16-bit integers (not FLAC).")
+]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        " /--no-verify",
+        show_default=False,
+        help="Load the model without checking the hashes of its files.",
+    ),
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="In a folder job, also make outputs that are there already.")
 ]
 
 
-def load_vocoder(model: str | None, device: str = "cpu", threads: int | None = None) -> "Vocoder":
-    """The vocoder that --model, --device and --threads ask for."""
+def load_vocoder(
+    model: str | None,
+    device: str = "cpu",
+    threads: int | None = None,
+    verify: bool = True,
+    precision: PrecisionName = PrecisionName.float32,
+    compile: bool = False,
+) -> "Vocoder":
+    """The vocoder that the options of the same names ask for."""
+    import torch
+
+    from waveflow.engine.decoder import choose_precision
     from waveflow.engine.vocoder import load
 
     set_threads(threads)
     check_device(device)
-    return load(model).to(device)
+    if precision == PrecisionName.auto:
+        chosen, reason = choose_precision(torch.device(device))
+        note(f"precision {chosen}: {reason}")
+        precision = PrecisionName(chosen)
+    return load(model, verify, device, precision.value, compile)
 
 
 def read_config(model: str | None) -> "ModelConfig":

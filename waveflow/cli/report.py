@@ -34,6 +34,7 @@ def evaluate(
     seed: options.Seed = 0,
     sigma: options.Sigma = None,
     threads: options.Threads = None,
+    verify: options.Verify = True,
 ) -> None:
     """Copy-synthesises recordings and measures the copies.
 
@@ -57,7 +58,7 @@ def evaluate(
         files = select_ids(files, ids)
     if json_file is not None:
         options.check_writable(json_file)
-    vocoder = options.load_vocoder(model, threads=threads)
+    vocoder = options.load_vocoder(model, threads=threads, verify=verify)
     with counting("clips") as progress, warnings.catch_warnings():
         # One line for each clipped copy would drown the table.
         warnings.simplefilter("ignore", VocoderWarning)
@@ -91,6 +92,7 @@ def info(
     threads: Annotated[
         int, typer.Option("--threads", min=1, metavar="N", help="CPU threads for --speed.")
     ] = 1,
+    verify: options.Verify = True,
 ) -> None:
     """The models that ship, or one model: its size, mel settings, data, likelihood.
 
@@ -107,7 +109,7 @@ def info(
     if model is None and not speed:
         _list_models()
         return
-    vocoder = options.load_vocoder(model, threads=threads)
+    vocoder = options.load_vocoder(model, threads=threads, verify=verify)
     # Measured before anything else has warmed the model up, for the time of the first call.
     measured = _speed(vocoder, model, threads) if speed else None
     for name, value in _facts(vocoder, model).items():

@@ -1,5 +1,9 @@
-"""`waveflow vocode`, `resynth` and `mel`: files to files."""
+"""`waveflow vocode`, `resynth` and `mel`: files to files, or pipes to pipes."""
 
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,10 +12,14 @@ import typer
 from waveflow.cli import options
 from waveflow.cli.console import note
 from waveflow.cli.jobs import about, plan_jobs, run_jobs
-from waveflow.errors import ConfigError
+from waveflow.errors import ConfigError, MelMismatchError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from waveflow.audio.mel import MelConfig
+
+PIPE = Path("-")
 
 Recordings = Annotated[
     Path, typer.Argument(metavar="WAV|FOLDER", help="A recording, or a folder of them.")
@@ -25,17 +33,31 @@ Audio = Annotated[
 def vocode(
     source: Annotated[
         Path,
-        typer.Argument(metavar="MEL|FOLDER", help="A .npy, .npz or .pt file, or a folder of them."),
+        typer.Argument(
+            metavar="MEL|FOLDER|-", help="A .npy, .npz or .pt file, a folder of them, or stdin."
+        ),
     ],
-    out: Audio,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="OUT",
+            help="A .wav or .flac file; a folder for a folder; - for stdout.",
+        ),
+    ],
     model: options.Model = None,
     sigma: options.Sigma = None,
     refine: options.Refine = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     threads: options.Threads = None,
+    precision: options.Precision = options.PrecisionName.float32,
+    compile: options.Compile = False,
+    denoise: options.Denoise = None,
     float32: options.Float = False,
     force: options.Force = False,
+    verify: options.Verify = True,
 ) -> None:
     """Mel spectrograms to speech.
 
@@ -43,24 +65,70 @@ def vocode(
     array or one named `mel`, or .pt with one tensor. A folder becomes a folder of
     .wav files; those that are there already are kept.
 
+    With `-` for the input, .npy arrays are read from stdin, one after another, as
+    numpy.save writes them: pieces of one mel, spoken as soon as they are final.
+    With `-o -`, samples go to stdout as they are made, without a header: 16-bit
+    integers, or 32-bit floats with --float, little-endian, one channel.
+
     \b
     Examples:
       waveflow vocode mel.npy -o out.wav
       waveflow vocode mel.npy -o out.flac --sigma 0.8 --seed 1
       waveflow vocode mels/ -o wavs/ --model runs/x --device cuda
+      cat mel.npy | waveflow vocode - -o - | aplay -t raw -f S16_LE -r 22050
     """
-    from waveflow.audio.io import MEL_SUFFIXES, read_mel, write_audio
+    from waveflow.audio.io import MEL_SUFFIXES, read_mel, read_mels, write_audio
 
+    if PIPE in (source, out):
+        if denoise is not None:
+            raise ConfigError("--denoise works on whole files, not on a pipe: leave it out")
+        if source.is_dir():
+            raise ConfigError(f"{source} is a folder: name a folder for its outputs, not -")
+        if source != PIPE and not source.exists():
+            raise MelMismatchError(f"{source} does not exist")
+        if out != PIPE:
+            options.check_writable(out)
+        vocoder = options.load_vocoder(model, device, threads, verify, precision, compile)
+        name = "stdin" if source == PIPE else str(source)
+        mels = read_mels(sys.stdin.buffer) if source == PIPE else [read_mel(source)]
+        with _opened(out, vocoder.sample_rate, float32) as write, about(name):
+            for piece in vocoder.stream(mels, sigma, seed, refine):
+                write(piece.cpu().numpy())
+        return
     jobs = plan_jobs(source, out, MEL_SUFFIXES, ".wav", force)
-    vocoder = options.load_vocoder(model, device, threads)
+    vocoder = options.load_vocoder(model, device, threads, verify, precision, compile)
 
     def work(path: Path, target: Path) -> None:
         mel = read_mel(path)
         with about(path):
             audio = vocoder(mel, sigma, seed, refine)
+            if denoise is not None:
+                audio = vocoder.denoise(audio, denoise)
         write_audio(target, audio.cpu().numpy(), vocoder.sample_rate, float32)
 
     run_jobs(jobs, work)
+
+
+@contextmanager
+def _opened(out: Path, sample_rate: int, float32: bool) -> "Iterator[Callable[[np.ndarray], None]]":
+    """Gives a function that writes the next audio to a file, or as raw samples to stdout."""
+    from waveflow.audio.io import open_audio, to_int16
+
+    if out != PIPE:
+        with open_audio(out, sample_rate, float32) as write_to_file:
+            yield write_to_file
+        return
+
+    def write(audio: "np.ndarray") -> None:
+        samples = audio.astype("<f4") if float32 else to_int16(audio).astype("<i2")
+        sys.stdout.buffer.write(samples.tobytes())
+        sys.stdout.buffer.flush()
+
+    try:
+        yield write
+    except BrokenPipeError:
+        # Who listened has heard enough. What Python flushes as it ends must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def resynth(
@@ -72,8 +140,12 @@ def resynth(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     threads: options.Threads = None,
+    precision: options.Precision = options.PrecisionName.float32,
+    compile: options.Compile = False,
+    denoise: options.Denoise = None,
     float32: options.Float = False,
     force: options.Force = False,
+    verify: options.Verify = True,
 ) -> None:
     """Copy-synthesis: a recording's mel, then new speech from the mel alone.
 
@@ -90,13 +162,15 @@ def resynth(
     from waveflow.audio.io import AUDIO_SUFFIXES, read_audio, write_audio
 
     jobs = plan_jobs(source, out, AUDIO_SUFFIXES, ".wav", force)
-    vocoder = options.load_vocoder(model, device, threads)
+    vocoder = options.load_vocoder(model, device, threads, verify, precision, compile)
 
     def work(path: Path, target: Path) -> None:
         recording, _, changes = read_audio(path, vocoder.sample_rate)
         _note_changes(path, changes)
         with about(path):
             audio = vocoder.resynth(recording, sigma, seed, refine)
+            if denoise is not None:
+                audio = vocoder.denoise(audio, denoise)
         write_audio(target, audio.cpu().numpy(), vocoder.sample_rate, float32)
 
     run_jobs(jobs, work)

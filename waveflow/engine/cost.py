@@ -3,7 +3,7 @@
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from waveflow.engine.vocoder import Vocoder, VocoderWarning
+from waveflow.engine.vocoder import PLAIN_LEVEL, Vocoder, VocoderWarning
 
-# Long enough that what is done once for each call hardly counts.
-COUNTED_SECONDS = 4.0
-# A mid level of speech in natural logarithms, for models that come without an example.
-PLAIN_LEVEL = -5.0
+# Two lengths, in frames: what the longer one costs more is free of what each call does once.
+COUNTED_FRAMES = (8, 24)
 
 
 class Speed(NamedTuple):
@@ -44,19 +42,33 @@ def count_parameters(module: nn.Module) -> int:
 
 @torch.no_grad()
 def macs_per_second(vocoder: Vocoder) -> float:
-    """Multiply-adds of the flow for one second of audio, noise to audio.
+    """Multiply-adds of the flow for one more second of audio, noise to audio.
 
     Matrix products and convolutions are counted, as torch's counter sees them; Fourier
     transforms (lapped transforms, refinement) and elementwise operations are not.
     """
-    n_frames = max(1, round(COUNTED_SECONDS * vocoder.sample_rate / vocoder.hop_length))
-    mel = _plain_mel(vocoder, n_frames)
-    noise = vocoder.flow.noise(n_frames, [0]).to(vocoder.device)
-    with FlopCounterMode(display=False) as counter:
-        vocoder.flow.decode(noise, mel[None])
-    seconds = n_frames * vocoder.hop_length / vocoder.sample_rate
+
+    def decode(mel: Tensor) -> Tensor:
+        noise = vocoder.flow.noise(mel.shape[2], [0]).to(mel.device)
+        return vocoder.flow.decode(noise, mel)
+
+    mel = _plain_mel(vocoder, max(COUNTED_FRAMES))
+    return macs_per_frame(decode, mel[None]) * vocoder.sample_rate / vocoder.hop_length
+
+
+@torch.no_grad()
+def macs_per_frame(synthesis: Callable[[Tensor], Tensor], mel: Tensor) -> float:
+    """Multiply-adds of one more frame of a mel (1, M, F); counted as in `macs_per_second`."""
+    short, long = COUNTED_FRAMES
     # The counter takes a multiply-add for two operations.
-    return counter.get_total_flops() / 2 / seconds
+    more = _operations(synthesis, mel[..., :long]) - _operations(synthesis, mel[..., :short])
+    return more / 2 / (long - short)
+
+
+def _operations(synthesis: Callable[[Tensor], Tensor], mel: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        synthesis(mel)
+    return counter.get_total_flops()
 
 
 def measure_speed(
@@ -79,7 +91,7 @@ def measure_speed(
         runs: timed calls of `resynth`.
     """
     n_frames = max(1, round(clip_seconds * vocoder.sample_rate / vocoder.hop_length))
-    mel = _plain_mel(vocoder, n_frames) if example is None else _tiled(example, n_frames)
+    mel = _plain_mel(vocoder, n_frames) if example is None else tiled(example, n_frames)
     with _threads(threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", VocoderWarning)
         begin = time.perf_counter()
@@ -100,7 +112,8 @@ def _plain_mel(vocoder: Vocoder, n_frames: int) -> Tensor:
     return torch.full(shape, PLAIN_LEVEL, device=vocoder.device)
 
 
-def _tiled(mel: Tensor, n_frames: int) -> Tensor:
+def tiled(mel: Tensor, n_frames: int) -> Tensor:
+    """A mel (M, F) repeated to a number of frames."""
     return mel.repeat(1, -(-n_frames // mel.shape[1]))[:, :n_frames]
 
 

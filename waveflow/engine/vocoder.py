@@ -1,22 +1,40 @@
 """Vocoder: a trained flow with its mel settings; what a person loads and calls."""
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from waveflow.audio.mel import MelSpectrogram, describe_foreign_mel
+from waveflow.audio.denoise import Bias, Denoiser
+from waveflow.audio.mel import MelConfig, MelSpectrogram, describe_foreign_mel
 from waveflow.audio.refine import MelRefinement
-from waveflow.checkpoint import ModelConfig, load_checkpoint
+from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint, resolve_run
+from waveflow.engine.decoder import (
+    Decoder,
+    Precision,
+    choose_precision,
+    make_decoder,
+    weights_version,
+)
+from waveflow.engine.windows import WINDOW_FRAMES, WindowedSynthesis, window_context
 from waveflow.errors import AudioError, ConfigError, MelMismatchError
 from waveflow.flow import Flow
 from waveflow.pretrained import find_model
 
-# Past _clipped (or its like), __call__ and the frame of its decorator.
-_CALLER = 4
+logger = logging.getLogger(__name__)
+
+# A mid level of speech in natural logarithms, for models that come without an example.
+PLAIN_LEVEL = -5.0
+CALIBRATION_FRAMES = 64
+# Past what warns and the method that was called.
+_CALLER = 3
 
 
 class VocoderWarning(UserWarning):
@@ -29,6 +47,7 @@ class Vocoder:
     Args:
         config: the checkpoint's config: mel settings, sampling settings, provenance.
         flow: the model.
+        decoder_of: makes what runs the flow from noise to audio (engine/decoder.py).
 
     Attributes:
         config, flow: as given.
@@ -45,9 +64,17 @@ class Vocoder:
         torch.Size([768])
     """
 
-    def __init__(self, config: ModelConfig, flow: Flow) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        flow: Flow,
+        decoder_of: Callable[[Flow], Decoder] = make_decoder,
+    ) -> None:
         self.config = config
         self.flow = flow.prepare_for_inference()
+        self._decoder_of = decoder_of
+        self._decoder: tuple[object, Decoder] | None = None
+        self._denoisers: dict[object, Denoiser] = {}
         self.mel_config = config.mel
         self.sample_rate = config.mel.sample_rate
         self.hop_length = config.mel.hop_length
@@ -61,6 +88,14 @@ class Vocoder:
     def device(self) -> torch.device:
         return next(self.flow.parameters()).device
 
+    @property
+    def decoder(self) -> Decoder:
+        """Noise and mel to audio: what every synthesis calls. Made anew when weights change."""
+        version = weights_version(self.flow)
+        if self._decoder is None or self._decoder[0] != version:
+            self._decoder = version, self._decoder_of(self.flow)
+        return self._decoder[1]
+
     def to(self, device: str | torch.device) -> "Vocoder":
         """Moves the model; what it is given is moved to it, what it returns stays there."""
         try:
@@ -72,36 +107,109 @@ class Vocoder:
         self.flow.prepare_for_inference()
         return self
 
-    @torch.inference_mode()
+    @overload
     def __call__(
         self,
         mel: Tensor | np.ndarray,
         sigma: float | None = None,
         seed: int | Sequence[int] = 0,
         refine: int | None = None,
-    ) -> Tensor:
-        """Speech for a mel.
+        lengths: None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        mel: Tensor | np.ndarray,
+        sigma: float | None = None,
+        seed: int | Sequence[int] = 0,
+        refine: int | None = None,
+        *,
+        lengths: Tensor | np.ndarray | Sequence[int],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(
+        self,
+        mel: Tensor | np.ndarray,
+        sigma: float | None = None,
+        seed: int | Sequence[int] = 0,
+        refine: int | None = None,
+        lengths: Tensor | np.ndarray | Sequence[int] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Speech for a mel of any length; a long one is made in windows, in bounded memory.
 
         Args:
             mel: (B, M, F) or (M, F), in this model's convention (`mel_config`).
             sigma: standard deviation of the noise; default from the model's config.
             seed: of the noise; one for all items, or one for each.
             refine: mel refinement steps after the draw, 0 to 4; default from the config.
+            lengths: (B,) frames of each item of a padded batch. An item gets what it gets
+                alone, whatever its padding holds.
 
         Returns:
-            (B, F hop_length) or (F hop_length,), float32 in [-1, 1].
+            (B, F hop_length) or (F hop_length,), float32 in [-1, 1]. With lengths, that (zeros
+            beyond an item's end) and the items' samples (B,).
 
         Raises:
-            MelMismatchError: wrong number of bands, shape, or values that are not finite.
+            MelMismatchError: wrong number of bands, shape, lengths, or values that are not finite.
             ConfigError: sigma, seed or refine out of range.
         """
-        batch, squeezed = self._checked_mel(mel)
+        frames = None if lengths is None else self._checked_lengths(mel, lengths)
+        batch, squeezed = self._checked_mel(mel, frames)
         steps = self._checked_refine(refine)
-        self._warn_of_foreign(batch)
-        audio = self._clipped(self.refinement(self._drawn(batch, sigma, seed), batch, steps))
-        return audio[0] if squeezed else audio
+        synthesis = self._synthesis(len(batch), sigma, seed, steps, frames)
+        self._warn_of_foreign(batch, frames)
+        audio = self._all_of(synthesis, batch)
+        self._warn_of_clipping(_n_clipped(audio), audio.numel())
+        audio.clamp_(-1, 1)
+        if frames is None:
+            return audio[0] if squeezed else audio
+        return audio, frames * self.hop_length
 
-    @torch.inference_mode()
+    def stream(
+        self,
+        mels: Iterable[Tensor | np.ndarray],
+        sigma: float | None = None,
+        seed: int = 0,
+        refine: int | None = None,
+        least_frames: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Speech for a mel that comes in pieces, each as soon as it is final.
+
+        The pieces joined are what `__call__` makes of the mels joined. Audio is final once
+        `look_ahead` further frames of the mel are known.
+
+        Args:
+            mels: the pieces (M, f), f >= 1; may be slow.
+            sigma, seed, refine: as `__call__`.
+            least_frames: how many final frames are waited for. Few mean less delay and more
+                work, since each time the context is computed again: left and right of the
+                frames about `look_ahead` each. Default: `look_ahead`.
+
+        Returns:
+            Pieces (n hop_length,) of the audio, float32 in [-1, 1].
+
+        Raises:
+            MelMismatchError: a piece as `__call__` refuses it, before audio that it would have
+                made final; or no piece at all.
+            ConfigError: an option out of range.
+
+        Example:
+            >>> mel = torch.full((80, 200), -8.0)
+            >>> pieces = list(waveflow.load().stream(mel.split(50, dim=1)))
+            >>> torch.cat(pieces).shape
+            torch.Size([51200])
+        """
+        least = max(1, self.look_ahead(refine)) if least_frames is None else least_frames
+        if least < 1:
+            raise ConfigError(f"least_frames {least} is out of range: give 1 or more")
+        synthesis = self._synthesis(1, sigma, seed, self._checked_refine(refine))
+        return self._streamed(mels, synthesis, least)
+
+    def look_ahead(self, refine: int | None = None) -> int:
+        """Frames of the mel behind a frame of audio that it depends on."""
+        return window_context(self.flow, self.refinement, self._checked_refine(refine))[1]
+
     def draw(
         self,
         mel: Tensor | np.ndarray,
@@ -113,7 +221,7 @@ class Vocoder:
         What `log_prob` can be asked about: a clipped sample has no likelihood to speak of.
         """
         batch, squeezed = self._checked_mel(mel)
-        audio = self._drawn(batch, sigma, seed)
+        audio = self._all_of(self._synthesis(len(batch), sigma, seed, 0), batch)
         return audio[0] if squeezed else audio
 
     def resynth(
@@ -131,6 +239,29 @@ class Vocoder:
         padded = torch.nn.functional.pad(samples, (0, -n_samples % self.hop_length))
         mel = self.mel(padded)[:, : len(padded) // self.hop_length]
         return self(mel, sigma, seed, refine)[:n_samples]
+
+    def denoise(
+        self, audio: Tensor | np.ndarray, strength: float = 0.1, bias: Bias | None = None
+    ) -> Tensor:
+        """Audio (B, T) or (T,) without this model's own hum; see `waveflow.audio.denoise`.
+
+        Args:
+            strength: how often the bias is subtracted, 0 to 10.
+            bias: what the hum is heard in. Default: "zeros", as NVIDIA, for a WaveGlow;
+                "silence" for models that speak for the loud mel of zeros.
+        """
+        return self.denoiser(bias)(self._checked_audio(audio), strength)
+
+    def denoiser(self, bias: Bias | None = None) -> Denoiser:
+        """What `denoise` applies; its bias, a second of synthesis, is computed once."""
+        if bias is None:
+            bias = "zeros" if self.config.model.type == "waveglow" else "silence"
+        key = bias, weights_version(self.flow)
+        if key not in self._denoisers:
+            self._denoisers[key] = Denoiser.of_model(
+                lambda mel: self.draw(mel, sigma=0.0), self.mel_config, bias
+            )
+        return self._denoisers[key]
 
     @torch.inference_mode()
     def mel(self, audio: Tensor | np.ndarray) -> Tensor:
@@ -161,7 +292,7 @@ class Vocoder:
         expected = (len(batch), channels, batch.shape[2] * self.hop_length // channels)
         if tuple(z.shape) != expected:
             raise MelMismatchError(f"z is {tuple(z.shape)}; this mel needs {expected}")
-        return self.flow.decode(z.to(self.device), batch)
+        return self.decoder(z.to(self.device), batch)
 
     def _pair(self, audio: Tensor | np.ndarray, mel: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
         """Audio (B, T) and mel (B, M, F) cut to the same whole hops."""
@@ -180,8 +311,65 @@ class Vocoder:
             )
         return samples[:, : n_frames * self.hop_length], batch[:, :, :n_frames]
 
-    def _checked_mel(self, mel: Tensor | np.ndarray) -> tuple[Tensor, bool]:
-        """(B, M, F) float32 on the device, and whether the batch axis was added."""
+    def _synthesis(
+        self,
+        n_items: int,
+        sigma: float | None,
+        seed: int | Sequence[int],
+        steps: int,
+        lengths: Tensor | None = None,
+    ) -> WindowedSynthesis:
+        sigma = self.config.synthesis.sigma if sigma is None else sigma
+        if not 0 <= sigma <= 10:
+            raise ConfigError(f"sigma {sigma} is out of range: give a number from 0 to 10")
+        if isinstance(seed, int | np.integer):
+            seeds = [int(seed)] * n_items
+        elif isinstance(seed, Sequence):
+            seeds = list(seed)
+        else:
+            raise ConfigError(f"seed {seed!r}: give an integer, or one for each mel")
+        if len(seeds) != n_items:
+            raise ConfigError(f"{len(seeds)} seeds for {n_items} mels: give one for each")
+        return WindowedSynthesis(
+            self.flow, self.decoder, self.refinement, sigma, seeds, steps, lengths
+        )
+
+    def _all_of(self, synthesis: WindowedSynthesis, batch: Tensor) -> Tensor:
+        """Audio (B, F hop) of a whole batch that was checked."""
+        audio = batch.new_empty(len(batch), batch.shape[2] * self.hop_length)
+        done = 0
+        for piece in chain(synthesis.push(batch), synthesis.finish()):
+            audio[:, done : done + piece.shape[1]] = piece
+            done += piece.shape[1]
+        return audio
+
+    def _streamed(
+        self, mels: Iterable[Tensor | np.ndarray], synthesis: WindowedSynthesis, least_frames: int
+    ) -> Iterator[Tensor]:
+        foreign, n_clipped, n_samples = False, 0, 0
+
+        def clipped(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+            nonlocal n_clipped, n_samples
+            for audio in pieces:
+                n_clipped += _n_clipped(audio)
+                n_samples += audio.shape[1]
+                yield audio[0].clamp(-1, 1)
+
+        for mel in mels:
+            piece, _ = self._checked_mel(mel)
+            if len(piece) != 1:
+                raise MelMismatchError(f"a stream is of one mel (M, f), not {tuple(piece.shape)}")
+            foreign = foreign or self._warn_of_foreign(piece)
+            yield from clipped(synthesis.push(piece, least_frames))
+        yield from clipped(synthesis.finish())
+        if not n_samples:
+            raise MelMismatchError("this stream is empty: it holds no mel")
+        self._warn_of_clipping(n_clipped, n_samples)
+
+    def _checked_mel(
+        self, mel: Tensor | np.ndarray, lengths: Tensor | None = None
+    ) -> tuple[Tensor, bool]:
+        """(B, M, F) float32 on the device, padding zeroed; and whether the batch axis was added."""
         batch = self._as_tensor(mel)
         squeezed = batch.dim() == 2
         batch = batch[None] if squeezed else batch
@@ -197,9 +385,27 @@ class Vocoder:
             )
         if not batch.numel():
             raise MelMismatchError(f"this mel is empty: {tuple(batch.shape)}")
+        if lengths is not None:
+            batch = batch.masked_fill(_is_padding(batch, lengths), 0.0)
         if not torch.isfinite(batch).all():
             raise MelMismatchError("this mel holds NaN or infinite values")
         return batch, squeezed
+
+    def _checked_lengths(
+        self, mel: Tensor | np.ndarray, lengths: Tensor | np.ndarray | Sequence[int]
+    ) -> Tensor:
+        """(B,) int64 on the device, frames of each item of mel (B, M, F)."""
+        frames = torch.as_tensor(lengths, device=self.device)
+        if mel.ndim != 3 or frames.shape != mel.shape[:1] or frames.is_floating_point():
+            raise MelMismatchError(
+                f"lengths are integers (B,) for a batch (B, M, F), not {frames.dtype} "
+                f"{tuple(frames.shape)} for a mel {tuple(mel.shape)}"
+            )
+        if not ((frames >= 1) & (frames <= mel.shape[2])).all():
+            raise MelMismatchError(
+                f"lengths {frames.tolist()} are out of range: this mel has {mel.shape[2]} frames"
+            )
+        return frames.long()
 
     def _checked_audio(self, audio: Tensor | np.ndarray) -> Tensor:
         samples = self._as_tensor(audio)
@@ -214,23 +420,7 @@ class Vocoder:
             # A copy: torch takes no reversed, byte-swapped or read-only arrays.
             with np.errstate(over="ignore"):  # what overflows is refused as infinite
                 values = torch.from_numpy(np.array(values, np.float32, order="C"))
-        return torch.as_tensor(values, dtype=torch.float32, device=self.device)
-
-    def _drawn(self, batch: Tensor, sigma: float | None, seed: int | Sequence[int]) -> Tensor:
-        """A draw (B, T) for each mel of a batch that was checked."""
-        sigma = self.config.synthesis.sigma if sigma is None else sigma
-        if not 0 <= sigma <= 10:
-            raise ConfigError(f"sigma {sigma} is out of range: give a number from 0 to 10")
-        if isinstance(seed, int | np.integer):
-            seeds = [int(seed)] * len(batch)
-        elif isinstance(seed, Sequence):
-            seeds = list(seed)
-        else:
-            raise ConfigError(f"seed {seed!r}: give an integer, or one for each mel")
-        if len(seeds) != len(batch):
-            raise ConfigError(f"{len(seeds)} seeds for {len(batch)} mels: give one for each")
-        noise = self.flow.noise(batch.shape[2], seeds).to(self.device)
-        return self.flow.decode(sigma * noise, batch)
+        return torch.as_tensor(values, dtype=torch.float32, device=self.device).detach()
 
     def _checked_refine(self, refine: int | None) -> int:
         if refine is None:
@@ -239,41 +429,83 @@ class Vocoder:
             raise ConfigError(f"refine {refine} is out of range: give 0 to 4 steps")
         return refine
 
-    def _warn_of_foreign(self, batch: Tensor) -> None:
+    def _warn_of_foreign(self, batch: Tensor, lengths: Tensor | None = None) -> bool:
+        """Whether there was something to warn of in the first seconds of an item."""
         mel_range = self.config.provenance.mel_range
         if mel_range is None:
-            return
+            return False
         low, high = (np.asarray(bound) for bound in mel_range)
-        for item in batch.cpu().numpy():
-            found = describe_foreign_mel(item, low, high)
+        frames = [batch.shape[2]] * len(batch) if lengths is None else lengths.tolist()
+        for item, n_frames in zip(batch, frames, strict=True):
+            seen = item[:, : min(n_frames, WINDOW_FRAMES)].cpu().numpy()
+            found = describe_foreign_mel(seen, low, high)
             if found is not None:
                 warnings.warn(
                     f"this mel looks {found}; the model takes natural logarithms of magnitudes",
                     VocoderWarning,
                     stacklevel=_CALLER,
                 )
-                return
+                return True
+        return False
 
-    def _clipped(self, audio: Tensor) -> Tensor:
-        """The one place where output is clipped."""
-        share = (audio.abs() > 1).float().mean().item()
-        if share > 0:
+    def _warn_of_clipping(self, n_clipped: int, n_samples: int) -> None:
+        if n_clipped:
             warnings.warn(
-                f"{100 * share:.2g} % of the samples were clipped to [-1, 1]",
+                f"{100 * n_clipped / n_samples:.2g} % of the samples were clipped to [-1, 1]",
                 VocoderWarning,
                 stacklevel=_CALLER,
             )
-        return audio.clamp(-1, 1)
 
 
-def load(model: str | Path | None = None, verify: bool = True) -> Vocoder:
+def _is_padding(mel: Tensor, lengths: Tensor) -> Tensor:
+    """(B, 1, F), True beyond the end of each item of mel (B, M, F)."""
+    return (torch.arange(mel.shape[2], device=mel.device) >= lengths[:, None])[:, None]
+
+
+def _n_clipped(audio: Tensor) -> int:
+    # Not `sum`, which takes eight bytes for each sample.
+    return int((audio > 1).count_nonzero() + (audio < -1).count_nonzero())
+
+
+def load(
+    model: str | Path | None = None,
+    verify: bool = True,
+    device: str | torch.device = "cpu",
+    precision: Precision | Literal["auto"] = "float32",
+    compile: bool = False,
+) -> Vocoder:
     """The model that ships, another one by name, or a checkpoint or run folder.
 
     Args:
         model: None for the default; `list_models()` has the names.
         verify: check the files' hashes against the manifest.
+        device: where it runs.
+        precision: of the networks' matrix products: float32, bfloat16, float16 (GPU) or int8
+            (CPU, extra `int8`); "auto" measures and logs which of the first two it takes.
+        compile: torch.compile; the first call then takes half a minute or more.
 
     Raises:
         CheckpointError: unknown, missing or damaged.
+        ConfigError: a device or precision that is not to be had here.
     """
-    return Vocoder(*load_checkpoint(find_model(model), verify))
+    folder = resolve_run(find_model(model), "best")
+    config, flow = load_checkpoint(folder, verify)
+    if precision == "auto":
+        precision, reason = choose_precision(torch.device(device))
+        logger.info("%s: %s", precision, reason)
+    decoder_of = partial(
+        make_decoder,
+        precision=precision,
+        compile=compile,
+        calibration_mel=_calibration_mel(folder, config.mel) if precision == "int8" else None,
+    )
+    return Vocoder(config, flow, decoder_of).to(device)
+
+
+def _calibration_mel(folder: Path, config: MelConfig) -> Tensor:
+    """The example (M, F) that came with a checkpoint, or some frames at a mid level of speech."""
+    from waveflow.audio.io import read_mel
+
+    if (folder / EXAMPLE).is_file():
+        return torch.from_numpy(read_mel(folder / EXAMPLE))
+    return torch.full((config.n_mels, CALIBRATION_FRAMES), PLAIN_LEVEL)

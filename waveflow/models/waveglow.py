@@ -3,7 +3,7 @@
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from waveflow.bijections import (
     Affine,
@@ -16,7 +16,7 @@ from waveflow.bijections import (
     Squeeze,
 )
 from waveflow.bijections.squeeze import squeeze
-from waveflow.flow import Flow
+from waveflow.flow import Conditioner, Flow
 from waveflow.nn.upsample import Upsample
 from waveflow.nn.wavenet import WaveNet
 
@@ -124,7 +124,7 @@ def waveglow(config: WaveGlowConfig) -> Flow:
     return Flow(whole, conditioner, config.squeeze_factor, config.hop_length)
 
 
-class UpsampledMel(nn.Module):
+class UpsampledMel(Conditioner):
     """The mel at audio rate, squeezed along with the audio: M squeeze_factor features."""
 
     def __init__(self, n_mels: int, kernel_size: int, hop_length: int, squeeze_factor: int) -> None:
@@ -132,8 +132,11 @@ class UpsampledMel(nn.Module):
         self.upsample = Upsample(n_mels, kernel_size, hop_length)
         self.squeeze_factor = squeeze_factor
         self.n_features = n_mels * squeeze_factor
+        self.context = ((kernel_size - 1) // hop_length, 0)
 
-    def forward(self, mel: Tensor, mask: Tensor | None = None) -> Condition:
+    def forward(
+        self, mel: Tensor, mask: Tensor | None = None, start: Tensor | None = None
+    ) -> Condition:
         """Mel (B, M, F) and mask (B, 1, F) to a condition of F hop / squeeze_factor positions."""
         features = squeeze(self.upsample(mel, mask), self.squeeze_factor)
         if mask is not None:
@@ -141,7 +144,7 @@ class UpsampledMel(nn.Module):
         return Condition(features, mask)
 
 
-class RepeatedMel(nn.Module):
+class RepeatedMel(Conditioner):
     """Each mel frame held through its hop: M features, `times` positions for a frame."""
 
     def __init__(self, n_mels: int, times: int) -> None:
@@ -149,7 +152,9 @@ class RepeatedMel(nn.Module):
         self.times = times
         self.n_features = n_mels
 
-    def forward(self, mel: Tensor, mask: Tensor | None = None) -> Condition:
+    def forward(
+        self, mel: Tensor, mask: Tensor | None = None, start: Tensor | None = None
+    ) -> Condition:
         """Mel (B, M, F) and mask (B, 1, F) to a condition of F times positions."""
         if mask is not None:
             mel, mask = mel * mask, mask.repeat_interleave(self.times, 2)

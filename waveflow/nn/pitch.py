@@ -36,9 +36,11 @@ class PitchHead(nn.Module):
         peak = logits.argmax(-1, keepdim=True)
         offsets = torch.arange(-4, 5, device=logits.device)
         near = (peak + offsets).clamp(0, N_CLASSES - 1)
-        weights = logits.gather(-1, near).softmax(-1)
+        # A phase is integrated from it: in float64 it is the same however a mel is cut, while
+        # float32's exponential rounds differently in the last places of a vector.
+        weights = logits.gather(-1, near).double().softmax(-1)
         cents = (weights * near).sum(-1) * CENTS_PER_CLASS
-        return LOWEST_HZ * torch.exp2(cents / 1200)
+        return (LOWEST_HZ * torch.exp2(cents / 1200)).to(logits.dtype)
 
     def loss(self, mel: Tensor, f0: Tensor) -> Tensor:
         """Cross-entropy of class and voicing against a tracker's F0 (B, L), 0 = unvoiced."""

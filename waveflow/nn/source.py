@@ -18,25 +18,56 @@ class HarmonicSource(nn.Module):
     loses it within a minute. It runs on where the F0 stays defined, voiced or not.
     """
 
+    # Frames on each side whose F0 a frame's samples are interpolated from.
+    reach = 1
+
     def __init__(self, sample_rate: int, hop_length: int) -> None:
         super().__init__()
         self.sample_rate = sample_rate
         self.hop_length = hop_length
 
-    def forward(self, f0: Tensor, start: Tensor | None = None) -> Tensor:
-        """Args: f0 (B, L); start (B,) phase of the first sample in cycles, default 0."""
-        per_sample = F.interpolate(f0[:, None], scale_factor=self.hop_length, mode="linear")[:, 0]
-        per_sample = per_sample.double()
-        cycles = torch.cumsum(per_sample / self.sample_rate, 1)
+    def cycles(self, f0: Tensor) -> Tensor:
+        """By how many cycles (B, L), float64, the phase advances in each frame of f0 (B, L)."""
+        return self._per_sample(f0).sum(2) / self.sample_rate
+
+    def forward(self, f0: Tensor, start: Tensor | None = None, anchor: int = 0) -> Tensor:
+        """Pulses of an F0 contour.
+
+        Args:
+            f0: (B, L).
+            start: (B,) float64, the running phase in cycles where frame `anchor` begins;
+                default 0.
+            anchor: a frame, 0 to L - 1.
+        """
+        per_sample = self._per_sample(f0)
+        phase = (per_sample / self.sample_rate).cumsum(2)
+        # Frame by frame and then within frames: fewer sums, so that less is lost to rounding.
+        cycles = phase[..., -1]
+        begin = cycles.cumsum(1) - cycles
+        begin = begin - begin[:, anchor, None]
         if start is not None:
-            cycles = cycles + start[:, None]
-        cycles = cycles - cycles.floor()
-        n_harmonics = (self.sample_rate / 2 / per_sample).floor()
-        turns = (n_harmonics + 0.5) * cycles
-        top = torch.sin(2 * math.pi * (turns - turns.floor()).to(f0.dtype))
-        bottom = torch.sin(math.pi * cycles.to(f0.dtype))
+            begin += start[:, None]
+        phase += begin[..., None]
+        # Nearest to 0, so that float32 resolves the pulses, where 1 / sin(phi / 2) is steep.
+        phase -= phase.round()
+        n_harmonics = (self.sample_rate / 2 / per_sample).floor_()
+        turns = (n_harmonics + 0.5).mul_(phase)
+        turns -= turns.round()
+        top = turns.to(f0.dtype).mul_(2 * math.pi).sin_()
+        bottom = phase.to(f0.dtype).mul_(math.pi).sin_()
         n_harmonics = n_harmonics.to(f0.dtype)
         # 0/0 at the pulse itself, where the sum is K: masked before the division.
         at_pulse = bottom.abs() < 1e-4
-        ratio = top / (2 * torch.where(at_pulse, torch.ones_like(bottom), bottom)) - 0.5
-        return torch.where(at_pulse, n_harmonics, ratio) * (2 / n_harmonics).sqrt()
+        ratio = top.div_(bottom.masked_fill_(at_pulse, 1.0).mul_(2)).sub_(0.5)
+        pulses = torch.where(at_pulse, n_harmonics, ratio) * (2 / n_harmonics).sqrt()
+        return pulses.flatten(1)
+
+    def _per_sample(self, f0: Tensor) -> Tensor:
+        """F0 (B, L, hop) in Hz, float64, interpolated linearly and held at the two ends."""
+        # Not by F.interpolate, which loses its place after 2^23 samples.
+        centre = f0.double()[..., None]
+        offset = torch.arange(self.hop_length, dtype=torch.float64, device=f0.device)
+        offset = (offset + 0.5) / self.hop_length - 0.5
+        slope = centre.diff(dim=1)
+        before, after = F.pad(slope, (0, 0, 1, 0)), F.pad(slope, (0, 0, 0, 1))
+        return centre + before * offset.clamp_max(0) + after * offset.clamp_min(0)
