@@ -9,7 +9,10 @@ from typing import Annotated, cast
 import typer
 
 from waveflow import __version__
+from waveflow.cli.bench import bench
 from waveflow.cli.console import NoteHandler, note
+from waveflow.cli.convert import convert
+from waveflow.cli.denoise import denoise
 from waveflow.cli.report import evaluate, info
 from waveflow.cli.synthesis import mel, resynth, vocode
 from waveflow.cli.training import prepare, train
@@ -60,7 +63,7 @@ def _waveflow(
         print(context.get_help())
 
 
-for _verb in (vocode, resynth, mel, prepare, train, evaluate, info):
+for _verb in (vocode, resynth, mel, denoise, prepare, train, evaluate, bench, info, convert):
     app.command()(_verb)
 
 
