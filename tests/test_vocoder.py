@@ -426,6 +426,48 @@ def test_the_configs_sampling_is_the_default(tiny_model: Path, mel: Tensor) -> N
 # --- the package ---
 
 
+# --- what runs it ---
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "auto"])
+def test_precisions(tiny_model: Path, vocoder: Vocoder, mel: Tensor, precision: str) -> None:
+    if precision == "int8":
+        pytest.importorskip("openvino")
+    other = load(tiny_model, precision=precision)  # type: ignore[arg-type]
+    other.flow.load_state_dict(vocoder.flow.state_dict())
+    plain = vocoder.flow.decode(vocoder.flow.noise(8, [0]), mel[None, :, :8])
+    audio = other.draw(mel[:, :8])
+    error = (audio - plain[0]).square().mean().sqrt() / plain.square().mean().sqrt()
+    # 8 bits of mantissa, or of range; float32 to rounding.
+    assert error < (1e-4 if precision == "float32" else 0.1)
+
+
+def test_what_runs_it_is_made_anew_when_weights_change(tiny_model: Path, mel: Tensor) -> None:
+    vocoder = load(tiny_model)
+    before, decoder = vocoder.draw(mel), vocoder.decoder
+    assert vocoder.decoder is decoder
+    perturb(vocoder)
+    after = vocoder.draw(mel)
+    assert vocoder.decoder is not decoder
+    assert (after - before).abs().max() > 1e-3
+    plain = Vocoder(vocoder.config, vocoder.flow, lambda flow: flow.decode)
+    assert torch.allclose(after, plain.draw(mel), atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float16", "float64", "nonsense"])
+def test_precisions_that_are_not_to_be_had(tiny_model: Path, mel: Tensor, precision: str) -> None:
+    with pytest.raises(ConfigError, match=precision):
+        load(tiny_model, precision=precision)(mel)  # type: ignore[arg-type]
+
+
+def test_denoising_takes_the_models_own_bias(vocoder: Vocoder, audio: Tensor) -> None:
+    assert vocoder.denoiser() is vocoder.denoiser("silence")
+    assert vocoder.denoiser("zeros") is not vocoder.denoiser()
+    untouched = vocoder.denoise(audio, 0.0)
+    assert torch.allclose(untouched, audio, atol=1e-5)
+    assert (vocoder.denoise(audio, 1.0, "zeros") - audio).abs().max() > 1e-4
+
+
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = (
         "import sys, waveflow\n"

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from waveflow.engine.vocoder import PLAIN_LEVEL, Vocoder, VocoderWarning
+from waveflow.engine.vocoder import Vocoder, VocoderWarning
 
 # Two lengths, in frames: what the longer one costs more is free of what each call does once.
 COUNTED_FRAMES = (8, 24)
+# A mid level of speech in natural logarithms, for models that come without an example.
+PLAIN_LEVEL = -5.0
 
 
 class Speed(NamedTuple):

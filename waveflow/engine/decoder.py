@@ -74,8 +74,7 @@ def make_decoder(
         flow: in evaluation mode.
         precision: of the networks' matrix products.
         compile: torch.compile; the first call then takes half a minute.
-        calibration_mel: (M, F), real speech in the model's convention, for int8's scales;
-            None for a constant mel at a mid level of speech.
+        calibration_mel: (M, F), real speech in the model's convention, for int8's scales.
 
     Raises:
         ConfigError: a precision that this device or installation does not have.
@@ -83,6 +82,8 @@ def make_decoder(
     device = next(flow.parameters()).device
     on_cpu = device.type == "cpu"
     if precision == "int8":
+        if calibration_mel is None:
+            raise ConfigError("int8 needs a calibration mel: give speech in the model's convention")
         if not on_cpu or compile:
             raise ConfigError("int8 runs on a CPU and is not compiled: leave --device, --compile")
         from waveflow.engine.int8 import int8_decoder

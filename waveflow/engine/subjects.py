@@ -15,10 +15,10 @@ from torch.nn.utils import parametrize
 from waveflow.audio.io import read_mel
 from waveflow.audio.mel import MEL_PRESETS, MelConfig
 from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint
-from waveflow.engine.cost import COUNTED_FRAMES, macs_per_frame, macs_per_second, tiled
+from waveflow.engine.cost import COUNTED_FRAMES, PLAIN_LEVEL, macs_per_frame, macs_per_second, tiled
 from waveflow.engine.decoder import Decoder, Precision, make_decoder
 from waveflow.engine.peers import Peer, Vocos, griffin_lim_peer
-from waveflow.engine.vocoder import CALIBRATION_FRAMES, PLAIN_LEVEL, Vocoder
+from waveflow.engine.vocoder import Vocoder
 from waveflow.errors import CheckpointError
 from waveflow.flow import Flow
 from waveflow.models.registry import build_flow
@@ -26,6 +26,7 @@ from waveflow.models.waveglow import WaveGlowConfig, waveglow
 from waveflow.nn.wavenet import WaveNet, fold_weight_norm
 from waveflow.pretrained import DEFAULT_MODEL, find_model, list_models
 
+CALIBRATION_FRAMES = 64
 VOCOS, GRIFFIN_LIM = "vocos", "griffin-lim"
 PEERS = (VOCOS, GRIFFIN_LIM)
 PEER_MEL = MEL_PRESETS["hifigan"]

@@ -3,10 +3,9 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from waveflow.engine.decoder import (
     make_decoder,
     weights_version,
 )
+from waveflow.engine.int8 import speech_like_mel
 from waveflow.engine.windows import WINDOW_FRAMES, WindowedSynthesis, window_context
 from waveflow.errors import AudioError, ConfigError, MelMismatchError
 from waveflow.flow import Flow
@@ -30,9 +30,6 @@ from waveflow.pretrained import find_model
 
 logger = logging.getLogger(__name__)
 
-# A mid level of speech in natural logarithms, for models that come without an example.
-PLAIN_LEVEL = -5.0
-CALIBRATION_FRAMES = 64
 # Past what warns and the method that was called.
 _CALLER = 3
 
@@ -490,22 +487,25 @@ def load(
     """
     folder = resolve_run(find_model(model), "best")
     config, flow = load_checkpoint(folder, verify)
-    if precision == "auto":
-        precision, reason = choose_precision(torch.device(device))
-        logger.info("%s: %s", precision, reason)
-    decoder_of = partial(
-        make_decoder,
-        precision=precision,
-        compile=compile,
-        calibration_mel=_calibration_mel(folder, config.mel) if precision == "int8" else None,
-    )
+    if precision not in (*get_args(Precision), "auto"):
+        names = ", ".join((*get_args(Precision), "auto"))
+        raise ConfigError(f"precision {precision!r} is none of {names}")
+    calibration_mel = _calibration_mel(folder, config.mel) if precision == "int8" else None
+
+    def decoder_of(flow: Flow) -> Decoder:
+        chosen = precision
+        if chosen == "auto":
+            chosen, reason = choose_precision(next(flow.parameters()).device)
+            logger.info("precision %s: %s", chosen, reason)
+        return make_decoder(flow, chosen, compile, calibration_mel)
+
     return Vocoder(config, flow, decoder_of).to(device)
 
 
 def _calibration_mel(folder: Path, config: MelConfig) -> Tensor:
-    """The example (M, F) that came with a checkpoint, or some frames at a mid level of speech."""
+    """The example (M, F) that came with a checkpoint, or something like speech."""
     from waveflow.audio.io import read_mel
 
     if (folder / EXAMPLE).is_file():
         return torch.from_numpy(read_mel(folder / EXAMPLE))
-    return torch.full((config.n_mels, CALIBRATION_FRAMES), PLAIN_LEVEL)
+    return speech_like_mel(config.n_mels)
