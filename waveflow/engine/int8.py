@@ -13,10 +13,10 @@ multiply-adds) and those of a FrameGlow. The rest is `Flow.decode` itself in flo
   result for a row comes as many rows later as the layer looks ahead.
 
 The library is OpenVINO. On a CPU with VNNI (one thread, one network of the published WaveGlow,
-2,752 rows, the same scales), times the plain path: OpenVINO 6.8 with taps and features in one
-product and 6.1 with four, onnxruntime 5.2 as MatMulInteger and 1.7 as QDQ. OpenVINO also needs
-no second package to build a graph. In blocks, with all the rest of the model, WaveGlow gains
-5.8 times at 1 s and 6.7 at 4 s; a FrameGlow of 256 bins 1.2 and 1.3.
+2,752 rows, the same scales), times the plain path: OpenVINO 6.8, onnxruntime 5.2 with
+MatMulInteger and 1.7 with QDQ. OpenVINO also needs no second package to build a graph. In
+blocks and with all the rest of the model, a WaveGlow gains 5.7 times at 1 s and 6.5 at 4 s, a
+FrameGlow of 256 bins 1.2 and 1.3.
 """
 
 import copy
