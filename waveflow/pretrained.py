@@ -24,6 +24,10 @@ def find_model(model: str | Path | None = None) -> Path:
         return shipped
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise CheckpointError(
+            f"{name!r} is a file, a model is a folder: waveflow convert {name} -o FOLDER makes one"
+        )
     raise CheckpointError(
         f"no model {name!r}: give a folder, or one of {', '.join(list_models()) or 'none shipped'}"
     )

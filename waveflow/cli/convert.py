@@ -57,21 +57,19 @@ def convert(
     from waveflow.checkpoint import save_checkpoint
     from waveflow.foreign.lineage import convert as read
 
-    _check_replaceable(out)
+    _check_new(out)
     converted = read(checkpoint, config, lineage.value)
     save_checkpoint(out, converted.config, converted.flow.state_dict())
     print(f"read {checkpoint}: {_words(converted)}")
     print(f"wrote {out}: waveflow vocode mel.npy -o out.wav --model {out}")
 
 
-def _check_replaceable(folder: Path) -> None:
-    from waveflow.checkpoint import MANIFEST
-
+def _check_new(folder: Path) -> None:
     if not folder.parent.is_dir():
         raise ConfigError(f"cannot write {folder}: there is no folder {folder.parent}")
-    is_other = folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file()
-    if is_other or (folder.exists() and not folder.is_dir()):
-        raise ConfigError(f"{folder} is there and is no checkpoint: name another folder")
+    is_empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+    if (folder.exists() or folder.is_symlink()) and not is_empty:
+        raise ConfigError(f"{folder} is there already: name another folder, or remove it")
 
 
 def _words(converted: "Converted") -> str:

@@ -8,11 +8,12 @@ how the layers of a coupling's network were cut and named, and that tells itself
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from waveflow.bijections import InvertibleConv1x1
 from waveflow.checkpoint import (
@@ -71,6 +72,7 @@ def convert(path: Path, config_path: Path | None = None, lineage: Lineage = "aut
         mel = mel_config(model, published.data_config)
         flow = from_nvidia(state_dict, model)
         _check_invertible(flow)
+        _check_norms(flow)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     origin = f"unknown; converted from a published {lineage} checkpoint, {path.name}"
@@ -108,15 +110,20 @@ def _layers(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         tensor = tensor.float()
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"its tensor {name!r:.60} holds values that are not finite")
-        layers.setdefault(layer, {})[kind] = tensor
+        if kind in layers.setdefault(layer, {}):
+            raise CheckpointError(f"it holds {layer}.{kind} twice, under two names")
+        layers[layer][kind] = tensor
     return layers
 
 
 def _told(asked: Lineage, header: Header, layers: Mapping[str, Any]) -> Lineage:
+    if header.module is not None:
+        is_old = header.module.rpartition(".")[2] == "glow_old"
+        if asked != "auto" and is_old != (asked == "glow_old"):
+            raise CheckpointError(f"its class is of {header.module}: leave --lineage {asked}")
+        return "glow_old" if is_old else "glow"
     if asked != "auto":
         return asked
-    if header.module is not None:
-        return "glow_old" if header.module.rpartition(".")[2] == "glow_old" else "glow"
     if header.has_config:
         return "dle"
     if "WN.0.cond_layers.0" in layers and "WN.0.res_skip_layers.0" in layers:
@@ -242,6 +249,15 @@ def _model_config(
         )
     except ValidationError as error:
         raise CheckpointError(first_problem(error)) from error
+
+
+def _check_norms(flow: Flow) -> None:
+    """A row of zeros has no direction: its weight would be 0 / 0."""
+    for name, module in flow.named_modules():
+        if is_parametrized(module) and not torch.isfinite(cast(Tensor, module.weight)).all():
+            raise CheckpointError(
+                f"the weight_v of its layer {name.rpartition('.')[2]} has a row of zeros"
+            )
 
 
 def _check_invertible(flow: Flow) -> None:

@@ -59,6 +59,9 @@ def _limit(max_cpu_seconds: int, max_memory: int) -> None:
         resource.RLIMIT_CORE: 0,
     }
     for kind, limit in limits.items():
+        hard = resource.getrlimit(kind)[1]
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)  # a limit that the user's own session has, stays
         try:
             resource.setrlimit(kind, (limit, limit))
         except (ValueError, OSError):

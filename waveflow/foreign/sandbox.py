@@ -59,12 +59,16 @@ def read_torch_file(
     Raises:
         CheckpointError: no such file, damaged, refused, or beyond the limits.
     """
-    root = Path(__file__).parents[2]
     with tempfile.TemporaryDirectory(prefix="waveflow-") as folder:
         result = Path(folder) / "model.safetensors"
-        max_memory = 2 * path.stat().st_size + memory_margin
-        command = [sys.executable, "-I", "-c", _START, root, max_cpu_seconds, max_memory]
-        with open(path, "rb") as source, open(result, "wb") as target:
+        try:
+            source = open(path, "rb")  # noqa: SIM115  closed below
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        with source, open(result, "wb") as target:
+            max_memory = 2 * os.fstat(source.fileno()).st_size + memory_margin
+            root = Path(__file__).parents[2]
+            command = [sys.executable, "-I", "-c", _START, root, max_cpu_seconds, max_memory]
             try:
                 done = subprocess.run(
                     [str(part) for part in command],
