@@ -17,7 +17,7 @@ from waveflow.metrics.evaluate import evaluate, select_ids
 from waveflow.metrics.griffin_lim import griffin_lim, least_squares_magnitude, smooth_magnitude
 from waveflow.metrics.pitch import compare_f0, voicing
 from waveflow.metrics.quality import dnsmos, pesq_wb, stoi
-from waveflow.metrics.spectral import draw_correlation, log_mel_l1
+from waveflow.metrics.spectral import draw_correlation, log_mel_l1, signal_to_noise_db
 
 RATE = 22050
 FIXTURE = Path(__file__).parent / "fixtures" / "mel.npz"
@@ -97,6 +97,13 @@ def test_log_mel_l1_of_a_doubled_waveform_is_log_two(speech):
     assert log_mel_l1(speech / 2, speech, MelSpectrogram(CONFIG)) == pytest.approx(
         math.log(2), abs=0.02
     )
+
+
+def test_signal_to_noise():
+    signal = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    assert signal_to_noise_db(signal, signal) == float("inf")
+    assert signal_to_noise_db(signal, 0.9 * signal) == pytest.approx(20, abs=1e-4)
+    assert signal_to_noise_db(signal, torch.zeros_like(signal)) == pytest.approx(0, abs=1e-9)
 
 
 def test_draw_correlation_ignores_offset_and_scale():

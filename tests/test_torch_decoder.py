@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from waveflow.audio.mel import MEL_PRESETS
+from waveflow.engine import product
+from waveflow.engine.packed import PackedLinear
 from waveflow.engine.torch_decoder import TorchDecoder, _padded
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
@@ -127,3 +130,25 @@ def test_compiled_equals_eager_at_lengths_that_are_not_compiled_anew() -> None:
             audio = compiled(noise, mel)
             torch.testing.assert_close(audio, eager(z, mel), rtol=0, atol=TOLERANCE)
     assert counters["stats"]["unique_graphs"] == before + 1
+
+
+@torch.no_grad()
+def test_weight_norm_is_folded() -> None:
+    flow = made(CONFIGS["waveglow"])
+    twin = TorchDecoder(flow)._flow
+    assert not any(is_parametrized(module) for module in twin.modules())
+    assert any(is_parametrized(module) for module in flow.modules())
+
+
+@torch.no_grad()
+def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_HAS_ONEDNN", False)
+    flow = made(FRAMEGLOW)
+    z, mel = inputs(flow, 9)
+    torch.testing.assert_close(
+        TorchDecoder(flow)(z, mel), flow.decode(z, mel), rtol=0, atol=TOLERANCE
+    )
+    # What a compiler would be given instead of oneDNN's operator.
+    layer = PackedLinear(torch.eye(3))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(layer(torch.ones(2, 3)), torch.ones(2, 3))

@@ -454,11 +454,20 @@ def test_wrong_lengths(lengths: list, message: str) -> None:
 
 # --- memory ---
 
-AN_HOUR = """
+THE_SHIPPED = "vocoder = waveflow.load()"
+A_WAVEGLOW = """
+from waveflow.audio.mel import MEL_PRESETS
+from waveflow.checkpoint import ModelConfig
+from waveflow.engine.vocoder import Vocoder
+from waveflow.models.waveglow import WaveGlowConfig, waveglow
+sizes = WaveGlowConfig(n_flows=2, hidden_channels=8, n_layers=3)
+vocoder = Vocoder(ModelConfig(model=sizes, mel=MEL_PRESETS["nvidia"]), waveglow(sizes))
+"""
+MEASURE = """
 import numpy as np, resource, torch, waveflow
 from waveflow.pretrained import find_model
 torch.set_num_threads(1)
-vocoder = waveflow.load()
+{vocoder}
 example = torch.from_numpy(np.load(find_model(None) / "example.npy", allow_pickle=False))
 mel = example.repeat(1, -(-{n_frames} // example.shape[1]))[:, :{n_frames}].contiguous()
 vocoder(mel[:, :50])
@@ -469,13 +478,20 @@ print((after - before) * 1024, audio.numel() * 4, bool(torch.isfinite(audio).all
 """
 
 
-def growth(n_frames: int) -> tuple[int, int]:
+def growth(n_frames: int, vocoder: str = THE_SHIPPED) -> tuple[int, int]:
     """Bytes of the peak over the loaded model and its mel, and bytes of the audio."""
-    code = AN_HOUR.format(n_frames=n_frames)
+    code = MEASURE.format(n_frames=n_frames, vocoder=vocoder)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     peak, audio, finite = run.stdout.split()
     assert finite == "True"
     return int(peak), int(audio)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ru_maxrss in kilobytes")
+def test_memory_is_flat() -> None:
+    """Of 60 seconds as of 24, in windows of 12; whole, 36 seconds of condition are 0.25 GB."""
+    shorter, longer = (growth(n, A_WAVEGLOW) for n in (2 * 1024, 5 * 1024))
+    assert longer[0] - longer[1] < shorter[0] - shorter[1] + 40e6
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-    from waveflow.engine.figures import Benchmark, Model, Part, Profile, Quality, Row, Section
+    from waveflow.bench.figures import Benchmark, Model, Part, Profile, Quality, Row, Section
 
 # All columns at their widest; a terminal's own width is taken where there is one.
 PAGE_WIDTH = 120
@@ -18,24 +19,32 @@ COLUMNS = (
     "M param",
     "GMAC/s",
     "x real time",
-    "by wall",
+    "wall",
     "to plain",
+    "to Vocos",
     "share",
     "SNR dB",
     "MB",
-    "first audio s",
+    "first audio",
     "ready s",
 )
 # Parts of a profile that are worth a line.
 LEAST_SHARE = 0.01
-NAME_WIDTH = 26
+NAME_WIDTH = 22
 
 
 def print_benchmark(result: "Benchmark") -> None:
-    """All tables on stdout."""
+    """All tables on stdout, without the blanks that fill a table's lines."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else PAGE_WIDTH, highlight=False)
+    with console.capture() as capture:
+        _print_benchmark(console, result)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
+
+
+def _print_benchmark(console: "Console", result: "Benchmark") -> None:
     models = {model.name: model for model in result.models}
     for line in _machine_lines(result):
         console.print(line, soft_wrap=True)
@@ -84,8 +93,7 @@ def _machine_lines(result: "Benchmark") -> list[str]:
         f"{' '.join(machine.cpu_flags) or 'flags unknown'}",
         libraries,
         "no gradients; weight norm folded but for `published`; "
-        f"{result.settings.runs} rounds after a warm-up; loading and compiling are not in the "
-        "speeds",
+        f"{result.settings.runs} rounds after a warm-up; speeds without loading and compiling",
     ]
 
 
@@ -99,7 +107,7 @@ def _speed_table(section: "Section", models: dict[str, "Model"], batch: int) -> 
     from rich.table import Table
 
     title = f"{section.seconds:g} s of audio" + (f", batch of {batch}" if batch > 1 else "")
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
@@ -118,18 +126,21 @@ def _speed_table(section: "Section", models: dict[str, "Model"], batch: int) -> 
 
 
 def _cells(row: "Row") -> list[str]:
-    ratio, first = row.ratio_to_plain, row.first_audio
+    from waveflow.bench.figures import short
+
+    to_vocos, first = row.ratio_to_vocos, row.first_audio
     return [
         f"  {row.path}",
         "",
         "",
-        f"{row.times_real_time:.3g}",
-        f"{row.times_real_time_wall:.3g}",
-        "1" if row.snr_db is None else f"{ratio.median:.3g} ({ratio.low:.3g}-{ratio.high:.3g})",
+        short(row.times_real_time),
+        short(row.times_real_time_wall),
+        "1" if row.snr_db is None else str(row.ratio_to_plain),
+        "" if to_vocos is None else short(to_vocos.median),
         "" if row.share is None else f"{100 * row.share:.0f} %",
         "" if row.snr_db is None else _decibels(row.snr_db),
         _number(row.memory_bytes, 1e6),
-        "" if first is None else f"{first.mel_seconds:.2f} + {first.compute_seconds:.3f}",
+        "" if first is None else f"{first.mel_seconds:.2f}+{first.compute_seconds:.3f}",
         f"{row.prepare_seconds + row.first_call_seconds:.2f}",
     ]
 
@@ -144,12 +155,14 @@ def _decibels(snr_db: float) -> str:
 
 
 def _number(value: float | None, unit: float) -> str:
-    return "" if value is None else f"{value / unit:.3g}"
+    from waveflow.bench.figures import short
+
+    return "" if value is None else short(value / unit)
 
 
 def _notes(section: "Section", uses_cpu_time: bool) -> list[str]:
     """The calibration, what disturbed, and the headlines."""
-    from waveflow.engine.figures import BUSY, STEADY
+    from waveflow.bench.figures import BUSY, STEADY
 
     lines = [
         f"{c.precision} matrix products ({c.routine}): {c.median / 1e9:.0f} billion operations a "
@@ -163,6 +176,11 @@ def _notes(section: "Section", uses_cpu_time: bool) -> list[str]:
             for row in section.rows
             if row.waiting > BUSY
         ]
+    lines += [
+        f"no memory figure of {row.model}, {row.path}: its process died, perhaps for want of memory"
+        for row in section.rows
+        if row.memory_process_died
+    ]
     if section.steady:
         lines += section.headlines()
     else:

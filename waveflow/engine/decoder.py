@@ -9,19 +9,20 @@ other is compared with it in the tests and in `waveflow bench`.
 """
 
 import time
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from waveflow.engine.product import Product
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
 
-# Rows, inner and columns of the products of a WaveGlow's networks.
-PROBE_SHAPE = (512, 512, 512)
+# What is decoded to choose a precision: a tenth of a second at the usual hop.
+PROBE_FRAMES = 8
+PROBE_RUNS = 3
 # Half precision costs some quality: it must be clearly faster to be chosen.
 WORTHWHILE = 1.3
 
@@ -43,21 +44,32 @@ class Decoder(Protocol):
 
 
 class Choice(NamedTuple):
-    """A precision and why it was chosen, in words."""
+    """The decoder of a precision that was chosen, and why, in words."""
 
-    precision: Precision
+    decoder: Decoder
     reason: str
 
 
-def choose_precision(device: torch.device) -> Choice:
-    """Float32 or bfloat16, whichever a probe of some milliseconds finds to pay on this device.
+def choose_decoder(flow: Flow, n_mels: int, compile: bool = False) -> Choice:
+    """The decoder in float32 or in bfloat16, whichever a short probe finds to pay here.
 
     Measured, never taken from the processor's flags: of two CPUs with avx512_bf16 one ran
-    bfloat16 products at half the rate of float32 and the other at four times it.
+    bfloat16 products at half the rate of float32 and the other at four times it. And with the
+    decoders themselves, because a small network gains less than its products.
     """
-    gain = _seconds(torch.float32, device) / _seconds(torch.bfloat16, device)
-    precision: Precision = "bfloat16" if gain >= WORTHWHILE else "float32"
-    return Choice(precision, f"bfloat16 products run at {gain:.2g} times float32's rate here")
+    device = next(flow.parameters()).device
+    mel = torch.full((1, n_mels, PROBE_FRAMES), -5.0, device=device)
+    noise = flow.noise(PROBE_FRAMES, [0]).to(device)
+    full = make_decoder(flow, "float32", compile)
+    try:
+        half = make_decoder(flow, "bfloat16", compile)
+        gain = _seconds(full, noise, mel) / _seconds(half, noise, mel)
+    except RuntimeError as error:
+        return Choice(full, f"float32, as bfloat16 fails here: {str(error).splitlines()[0]}")
+    reason = f"bfloat16 runs this model at {gain:.2g} times float32's speed here"
+    if gain >= WORTHWHILE:
+        return Choice(half, f"bfloat16: {reason}")
+    return Choice(full, f"float32: {reason}")
 
 
 def make_decoder(
@@ -102,20 +114,50 @@ def make_decoder(
 
 
 def weights_version(flow: Flow) -> tuple[tuple[int, int], ...]:
-    """Changes whenever a weight is changed in place, loaded, or moved."""
-    return tuple((p.data_ptr(), p._version) for p in flow.parameters())
+    """Changes whenever a weight is changed in place, loaded, or moved.
+
+    Not seen are changes through `.data`, and of weights made in inference mode, which torch
+    does not count.
+    """
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in flow.parameters())
 
 
-def _seconds(dtype: torch.dtype, device: torch.device, runs: int = 5) -> float:
-    """The shortest of some products, by the decoders' own routine: what disturbs only adds."""
-    n_rows, inner, columns = PROBE_SHAPE
-    rows = torch.ones(n_rows, inner, dtype=dtype, device=device)
-    product = Product(torch.ones(columns, inner, device=device), dtype, n_rows)
+def each_item(
+    decode: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    hop_length: int,
+    z: Tensor,
+    mel: Tensor,
+    lengths: Tensor | None,
+    start: Tensor | None,
+) -> Tensor:
+    """A batch item by item, each at its own length, zeros beyond: audio (B, C L).
+
+    What gains nothing from a batch (networks that fill one thread) has no padding to mask then.
+
+    Args:
+        decode: z (1, C, l), mel (1, M, f) and start (1,) or None to audio (1, C l).
+        hop_length: audio samples for each frame.
+        z, mel, lengths, start: a decoder's arguments.
+    """
+    audio = torch.zeros(z.shape[0], z.shape[1] * z.shape[2])
+    frames = [mel.shape[2]] * len(mel) if lengths is None else lengths.tolist()
+    for i, n_frames in enumerate(frames):
+        item = slice(i, i + 1)
+        n_samples = n_frames * hop_length
+        made = decode(
+            z[item, :, : n_samples // z.shape[1]],
+            mel[item, :, :n_frames],
+            None if start is None else start[item],
+        )
+        audio[i, : made.shape[1]] = made[0]
+    return audio
+
+
+def _seconds(decoder: Decoder, noise: Tensor, mel: Tensor) -> float:
+    """The shortest of some runs: what disturbs only adds."""
     times = []
-    for _ in range(1 + runs):
+    for _ in range(1 + PROBE_RUNS):
         begin = time.perf_counter()
-        product(rows)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        decoder(noise, mel).cpu()  # copied, or an accelerator would still be at work
         times.append(time.perf_counter() - begin)
     return min(times)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from waveflow.bijections import Condition, Coupling
+from waveflow.engine.decoder import each_item
 from waveflow.engine.int8_graph import LARGEST, Array, Node, RowBlocks, RowGraph
 from waveflow.errors import ConfigError
 from waveflow.flow import Conditioner, Flow, reach
@@ -67,15 +68,10 @@ class Int8Decoder:
         `lengths` (B,) are the frames of each padded item; its audio beyond them is zero.
         `start` (B,) is the running phase of a harmonic source.
         """
-        audio = torch.zeros(z.shape[0], z.shape[1] * z.shape[2])
-        frames = [mel.shape[2]] * len(mel) if lengths is None else lengths.tolist()
-        for i, n_frames in enumerate(frames):
-            n_samples = n_frames * self._flow.hop_length
-            item_z = z[i : i + 1, :, : n_samples // self._flow.channels]
-            item_start = None if start is None else start[i : i + 1]
-            part = self._flow.decode(item_z, mel[i : i + 1, :, :n_frames], None, item_start)
-            audio[i, : part.shape[1]] = part[0]
-        return audio
+        return each_item(self._item, self._flow.hop_length, z, mel, lengths, start)
+
+    def _item(self, z: Tensor, mel: Tensor, start: Tensor | None) -> Tensor:
+        return self._flow.decode(z, mel, None, start)
 
 
 def int8_decoder(flow: Flow, calibration_mel: Tensor) -> Int8Decoder:

@@ -22,6 +22,9 @@ class Product:
         dtype: of rows and result: float32 or bfloat16.
         n_rows: L as it will be in most calls, for the packing; any L works.
         bias: (N,), or None.
+
+    Attributes:
+        packed: whether it is oneDNN's.
     """
 
     def __init__(
@@ -29,17 +32,17 @@ class Product:
     ) -> None:
         self._weight = weight.to(dtype).contiguous()
         self._bias = None if bias is None else bias.to(dtype)
-        self._packed = (
+        self.packed = (
             _HAS_ONEDNN
             and weight.device.type == "cpu"
             and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         )
-        if self._packed:
+        if self.packed:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, n_rows)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The product of rows (L, K)."""
-        if self._packed:
+        if self.packed:
             return torch.ops.mkldnn._linear_pointwise(
                 rows, self._weight, self._bias, "none", [], ""
             )
@@ -47,7 +50,7 @@ class Product:
 
     def plus(self, rows: Tensor, other: Tensor) -> Tensor:
         """The product of rows (L, K), and `other` (L, N) added to it."""
-        if self._packed:
+        if self.packed:
             return torch.ops.mkldnn._linear_pointwise.binary(
                 rows, other, self._weight, self._bias, "add"
             )

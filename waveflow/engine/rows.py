@@ -30,6 +30,7 @@ from waveflow.bijections import (
     InvertibleConv1x1,
     Squeeze,
 )
+from waveflow.engine.decoder import each_item
 from waveflow.engine.low_rank import Steering
 from waveflow.engine.product import Product
 from waveflow.errors import ConfigError
@@ -74,8 +75,9 @@ class RowsWaveGlow:
             raise ConfigError(f"a WaveGlow is run in rows in float32 or bfloat16, not {dtype}")
         assert isinstance(flow.conditioner, UpsampledMel | RepeatedMel)
         self._dtype = dtype
-        self._n_positions = flow.hop_length // flow.channels
-        self._steering = Steering(flow.conditioner, max(1, _BLOCK // self._n_positions))
+        self._hop_length = flow.hop_length
+        n_positions = flow.hop_length // flow.channels
+        self._steering = Steering(flow.conditioner, max(1, _BLOCK // n_positions))
         self._steps = [
             _Step(
                 part.n_early,
@@ -104,18 +106,11 @@ class RowsWaveGlow:
         `lengths` (B,) are the frames of each padded item; its audio beyond them is zero.
         `start` is for flows with a harmonic source and ignored.
         """
-        audio = torch.zeros(z.shape[0], z.shape[1] * z.shape[2])
-        frames = [mel.shape[2]] * len(mel) if lengths is None else lengths.tolist()
-        # One after another: a batch gains nothing, and so no item's padding costs anything.
-        for item, n_frames in enumerate(frames):
-            if n_frames > 0:
-                n_rows = n_frames * self._n_positions
-                x = self._decode(z[item, :, :n_rows].T.float(), mel[item, :, :n_frames].T.float())
-                audio[item, : x.numel()] = x.flatten()
-        return audio
+        return each_item(self._decode, self._hop_length, z, mel, lengths, start)
 
-    def _decode(self, z: Tensor, mel: Tensor) -> Tensor:
-        """z (L, C) and mel (F, M) to x (L, C), whose rows one after another are the audio."""
+    def _decode(self, noise: Tensor, mel: Tensor, start: Tensor | None) -> Tensor:
+        """One item: noise (1, C, L) and mel (1, M, F) to audio (1, C L)."""
+        z, mel = noise[0].T.float(), mel[0].T.float()
         features = self._steering.rows(mel).to(self._dtype)
         hidden = self._steps[0].network.hidden(len(z))
         n_out = sum(step.n_early for step in self._steps)
@@ -124,7 +119,8 @@ class RowsWaveGlow:
             x = step.inverse(x, features, hidden)
             n_out -= step.n_early
             x = torch.cat([z[:, n_out : n_out + step.n_early], x], 1)
-        return x
+        # x (L, C): its rows, one after another, are the audio.
+        return x.reshape(1, -1)
 
 
 class _Part(NamedTuple):

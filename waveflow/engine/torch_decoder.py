@@ -6,7 +6,6 @@ every precision and is never compiled: the harmonic source's phase is integrated
 another rounding there would set the waveform off by 1e-4 after a second, 2e-3 after a minute.
 """
 
-import copy
 import importlib.util
 import os
 import shutil
@@ -19,14 +18,12 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from waveflow.bijections import Bijection, Condition, Coupling, InvertibleConv1x1, LappedSqueeze
-from waveflow.bijections.base import full_precision, zero_log_det
-from waveflow.engine.product import Product
+from waveflow.bijections.base import zero_log_det
+from waveflow.engine.packed import PackedLinear, twin_of
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.nn.pitch import PitchHead
 
-# What a product is packed for; any length works.
-_USUAL_ROWS = 344
 # On a GPU lengths are padded up to a multiple of it at least.
 _FEWEST_FRAMES = 64
 _CXX = {"darwin": "clang++", "win32": "cl"}
@@ -96,59 +93,38 @@ def _for_decoding(module: nn.Module, dtype: torch.dtype, like: Tensor) -> nn.Mod
 
     `like` is one of them.
     """
-    if isinstance(module, PitchHead) or is_parametrized(module):
+    if isinstance(module, PitchHead):
         return module
+    if is_parametrized(module):
+        return _folded(module)
     if isinstance(module, InvertibleConv1x1):
         return _Unmix(module)
     if isinstance(module, LappedSqueeze):
         return _Lapped(module, like)
     if type(module) is nn.Linear and dtype == torch.float32:
-        return _Linear(module.weight, module.bias)
-    twin = copy.copy(module)
-    twin._modules = {
-        name: None if child is None else _for_decoding(child, dtype, like)
-        for name, child in module._modules.items()
-    }
+        return PackedLinear(module.weight, module.bias)
+    twin = twin_of(module, lambda child: _for_decoding(child, dtype, like))
     if isinstance(twin, Coupling):
         return _Decoupling(twin.network, twin.map, twin.split)
     return twin
 
 
-class _Linear(nn.Module):
-    """x weight^T + bias, never below float32."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.detach())
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.product: Product | None = None
-        if weight.device.type == "cpu" and weight.dtype == torch.float32:
-            self.product = Product(self.weight, torch.float32, _USUAL_ROWS, self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.product is None:
-            with full_precision(x):
-                return F.linear(x, self.weight, self.bias)
-        if torch.compiler.is_compiling():
-            return torch.ops.waveflow.product(x, self.weight, self.bias)
-        return self.product(x)
-
-
-# Compilers cannot take packed weights, and left to themselves they call MKL.
-torch.library.define("waveflow::product", "(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
-
-
-@torch.library.impl("waveflow::product", "CPU")
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-
-
-@torch.library.register_fake("waveflow::product")
-def _product_shape(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
+@torch.no_grad()
+def _folded(module: nn.Module) -> nn.Module:
+    """A convolution with weight norm as one without."""
+    assert isinstance(module, nn.Conv1d)
+    folded = nn.utils.skip_init(
+        nn.Conv1d,
+        module.in_channels,
+        module.out_channels,
+        module.kernel_size,
+        padding=module.padding,
+        dilation=module.dilation,
+        device=module.weight.device,
+        dtype=module.weight.dtype,
+    )
+    folded.weight, folded.bias = nn.Parameter(module.weight.detach()), module.bias
+    return folded
 
 
 class _Unmix(Bijection):
@@ -157,7 +133,7 @@ class _Unmix(Bijection):
     @torch.no_grad()
     def __init__(self, conv: InvertibleConv1x1) -> None:
         super().__init__()
-        self.linear = _Linear(conv.inverted()[0])
+        self.linear = PackedLinear(conv.inverted()[0])
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         return self.linear(z.transpose(1, 2)).transpose(1, 2), zero_log_det(z)
@@ -168,7 +144,7 @@ class _Lapped(LappedSqueeze):
 
     def __init__(self, lapped: LappedSqueeze, like: Tensor) -> None:
         super().__init__(lapped.n, lapped.quadrature)
-        self.linear = _Linear(lapped.matrix(like))
+        self.linear = PackedLinear(lapped.matrix(like))
         self.cosine, self.sine = lapped.rotation(like)
 
     def rotation(self, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,10 @@
 """Vocoder: a trained flow with its mel settings; what a person loads and calls."""
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal, get_args, overload
@@ -15,14 +17,14 @@ from waveflow.audio.denoise import Bias, Denoiser
 from waveflow.audio.mel import MelConfig, MelSpectrogram, describe_foreign_mel
 from waveflow.audio.refine import MelRefinement
 from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint, resolve_run
+from waveflow.engine.checks import checked_audio, checked_lengths, checked_mel
 from waveflow.engine.decoder import (
     Decoder,
     Precision,
-    choose_precision,
+    choose_decoder,
     make_decoder,
     weights_version,
 )
-from waveflow.engine.int8 import speech_like_mel
 from waveflow.engine.windows import WINDOW_FRAMES, WindowedSynthesis, window_context
 from waveflow.errors import AudioError, ConfigError, MelMismatchError
 from waveflow.flow import Flow
@@ -71,7 +73,7 @@ class Vocoder:
         self.flow = flow.prepare_for_inference()
         self._decoder_of = decoder_of
         self._decoder: tuple[object, Decoder] | None = None
-        self._denoisers: dict[object, Denoiser] = {}
+        self._denoisers: dict[Bias, Denoiser] = {}
         self.mel_config = config.mel
         self.sample_rate = config.mel.sample_rate
         self.hop_length = config.mel.hop_length
@@ -90,8 +92,13 @@ class Vocoder:
         """Noise and mel to audio: what every synthesis calls. Made anew when weights change."""
         version = weights_version(self.flow)
         if self._decoder is None or self._decoder[0] != version:
+            self._denoisers.clear()
             self._decoder = version, self._decoder_of(self.flow)
         return self._decoder[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        # What is made from the weights is made again: packed weights cannot be copied.
+        return self.__dict__ | {"_decoder": None, "_denoisers": {}}
 
     def to(self, device: str | torch.device) -> "Vocoder":
         """Moves the model; what it is given is moved to it, what it returns stays there."""
@@ -151,13 +158,13 @@ class Vocoder:
             MelMismatchError: wrong number of bands, shape, lengths, or values that are not finite.
             ConfigError: sigma, seed or refine out of range.
         """
-        frames = None if lengths is None else self._checked_lengths(mel, lengths)
-        batch, squeezed = self._checked_mel(mel, frames)
+        frames = None if lengths is None else checked_lengths(mel, lengths, self.device)
+        batch, squeezed = checked_mel(mel, self.mel_config.n_mels, self.device, frames)
         steps = self._checked_refine(refine)
         synthesis = self._synthesis(len(batch), sigma, seed, steps, frames)
         self._warn_of_foreign(batch, frames)
         audio = self._all_of(synthesis, batch)
-        self._warn_of_clipping(_n_clipped(audio), audio.numel())
+        self._warn_of_clipping(_n_clipped(audio, batch), audio.numel())
         audio.clamp_(-1, 1)
         if frames is None:
             return audio[0] if squeezed else audio
@@ -217,7 +224,7 @@ class Vocoder:
 
         What `log_prob` can be asked about: a clipped sample has no likelihood to speak of.
         """
-        batch, squeezed = self._checked_mel(mel)
+        batch, squeezed = checked_mel(mel, self.mel_config.n_mels, self.device)
         audio = self._all_of(self._synthesis(len(batch), sigma, seed, 0), batch)
         return audio[0] if squeezed else audio
 
@@ -229,7 +236,7 @@ class Vocoder:
         refine: int | None = None,
     ) -> Tensor:
         """Copy-synthesis: audio (T,) to its mel, and new audio (T,) from the mel alone."""
-        samples = self._checked_audio(audio)
+        samples = checked_audio(audio, self.device)
         if samples.dim() != 1:
             raise AudioError(f"resynth takes one waveform (T,), not {tuple(samples.shape)}")
         n_samples = len(samples)
@@ -247,23 +254,23 @@ class Vocoder:
             bias: what the hum is heard in. Default: "zeros", as NVIDIA, for a WaveGlow;
                 "silence" for models that speak for the loud mel of zeros.
         """
-        return self.denoiser(bias)(self._checked_audio(audio), strength)
+        return self.denoiser(bias)(checked_audio(audio, self.device), strength)
 
     def denoiser(self, bias: Bias | None = None) -> Denoiser:
         """What `denoise` applies; its bias, a second of synthesis, is computed once."""
         if bias is None:
             bias = "zeros" if self.config.model.type == "waveglow" else "silence"
-        key = bias, weights_version(self.flow)
-        if key not in self._denoisers:
-            self._denoisers[key] = Denoiser.of_model(
+        _ = self.decoder  # forgets denoisers of other weights
+        if bias not in self._denoisers:
+            self._denoisers[bias] = Denoiser.of_model(
                 lambda mel: self.draw(mel, sigma=0.0), self.mel_config, bias
             )
-        return self._denoisers[key]
+        return self._denoisers[bias]
 
     @torch.inference_mode()
     def mel(self, audio: Tensor | np.ndarray) -> Tensor:
         """The mel (B, M, F) or (M, F) of audio (B, T) or (T,) in this model's convention."""
-        return self.mel_spectrogram(self._checked_audio(audio))
+        return self.mel_spectrogram(checked_audio(audio, self.device))
 
     @torch.inference_mode()
     def log_prob(self, audio: Tensor | np.ndarray, mel: Tensor | np.ndarray) -> Tensor:
@@ -283,8 +290,11 @@ class Vocoder:
 
     @torch.inference_mode()
     def decode(self, z: Tensor, mel: Tensor | np.ndarray) -> Tensor:
-        """The audio (B, T) of noise z (B, C, L): the flow's exact inverse, never refined."""
-        batch, _ = self._checked_mel(mel)
+        """The audio (B, T) of noise z (B, C, L): the flow's inverse, never refined.
+
+        It undoes `encode` as exactly as the vocoder's precision allows.
+        """
+        batch, _ = checked_mel(mel, self.mel_config.n_mels, self.device)
         channels = self.flow.channels
         expected = (len(batch), channels, batch.shape[2] * self.hop_length // channels)
         if tuple(z.shape) != expected:
@@ -293,9 +303,9 @@ class Vocoder:
 
     def _pair(self, audio: Tensor | np.ndarray, mel: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
         """Audio (B, T) and mel (B, M, F) cut to the same whole hops."""
-        samples = self._checked_audio(audio)
+        samples = checked_audio(audio, self.device)
         samples = samples[None] if samples.dim() == 1 else samples
-        batch, _ = self._checked_mel(mel)
+        batch, _ = checked_mel(mel, self.mel_config.n_mels, self.device)
         n_frames = samples.shape[1] // self.hop_length
         if n_frames < 1:
             raise AudioError(
@@ -345,79 +355,24 @@ class Vocoder:
     ) -> Iterator[Tensor]:
         foreign, n_clipped, n_samples = False, 0, 0
 
-        def clipped(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+        def clipped(pieces: Iterator[Tensor], mel: Tensor) -> Iterator[Tensor]:
             nonlocal n_clipped, n_samples
             for audio in pieces:
-                n_clipped += _n_clipped(audio)
+                n_clipped += _n_clipped(audio, mel)
                 n_samples += audio.shape[1]
                 yield audio[0].clamp(-1, 1)
 
+        piece = None
         for mel in mels:
-            piece, _ = self._checked_mel(mel)
+            piece, _ = checked_mel(mel, self.mel_config.n_mels, self.device)
             if len(piece) != 1:
                 raise MelMismatchError(f"a stream is of one mel (M, f), not {tuple(piece.shape)}")
             foreign = foreign or self._warn_of_foreign(piece)
-            yield from clipped(synthesis.push(piece, least_frames))
-        yield from clipped(synthesis.finish())
-        if not n_samples:
+            yield from clipped(synthesis.push(piece, least_frames), piece)
+        if piece is None:
             raise MelMismatchError("this stream is empty: it holds no mel")
+        yield from clipped(synthesis.finish(), piece)
         self._warn_of_clipping(n_clipped, n_samples)
-
-    def _checked_mel(
-        self, mel: Tensor | np.ndarray, lengths: Tensor | None = None
-    ) -> tuple[Tensor, bool]:
-        """(B, M, F) float32 on the device, padding zeroed; and whether the batch axis was added."""
-        batch = self._as_tensor(mel)
-        squeezed = batch.dim() == 2
-        batch = batch[None] if squeezed else batch
-        n_mels = self.mel_config.n_mels
-        if batch.dim() != 3:
-            raise MelMismatchError(
-                f"a mel is ({n_mels}, F) or (B, {n_mels}, F), not {tuple(batch.shape)}"
-            )
-        if batch.shape[1] != n_mels:
-            hint = "; transpose it" if batch.shape[2] == n_mels else ""
-            raise MelMismatchError(
-                f"this mel has {batch.shape[1]} bands, the model takes {n_mels}{hint}"
-            )
-        if not batch.numel():
-            raise MelMismatchError(f"this mel is empty: {tuple(batch.shape)}")
-        if lengths is not None:
-            batch = batch.masked_fill(_is_padding(batch, lengths), 0.0)
-        if not torch.isfinite(batch).all():
-            raise MelMismatchError("this mel holds NaN or infinite values")
-        return batch, squeezed
-
-    def _checked_lengths(
-        self, mel: Tensor | np.ndarray, lengths: Tensor | np.ndarray | Sequence[int]
-    ) -> Tensor:
-        """(B,) int64 on the device, frames of each item of mel (B, M, F)."""
-        frames = torch.as_tensor(lengths, device=self.device)
-        if mel.ndim != 3 or frames.shape != mel.shape[:1] or frames.is_floating_point():
-            raise MelMismatchError(
-                f"lengths are integers (B,) for a batch (B, M, F), not {frames.dtype} "
-                f"{tuple(frames.shape)} for a mel {tuple(mel.shape)}"
-            )
-        if not ((frames >= 1) & (frames <= mel.shape[2])).all():
-            raise MelMismatchError(
-                f"lengths {frames.tolist()} are out of range: this mel has {mel.shape[2]} frames"
-            )
-        return frames.long()
-
-    def _checked_audio(self, audio: Tensor | np.ndarray) -> Tensor:
-        samples = self._as_tensor(audio)
-        if samples.dim() not in (1, 2) or not samples.numel():
-            raise AudioError(f"audio is (T,) or (B, T) and not empty, not {tuple(samples.shape)}")
-        if not torch.isfinite(samples).all():
-            raise AudioError("this audio holds NaN or infinite samples")
-        return samples
-
-    def _as_tensor(self, values: Tensor | np.ndarray) -> Tensor:
-        if isinstance(values, np.ndarray):
-            # A copy: torch takes no reversed, byte-swapped or read-only arrays.
-            with np.errstate(over="ignore"):  # what overflows is refused as infinite
-                values = torch.from_numpy(np.array(values, np.float32, order="C"))
-        return torch.as_tensor(values, dtype=torch.float32, device=self.device).detach()
 
     def _checked_refine(self, refine: int | None) -> int:
         if refine is None:
@@ -454,13 +409,15 @@ class Vocoder:
             )
 
 
-def _is_padding(mel: Tensor, lengths: Tensor) -> Tensor:
-    """(B, 1, F), True beyond the end of each item of mel (B, M, F)."""
-    return (torch.arange(mel.shape[2], device=mel.device) >= lengths[:, None])[:, None]
-
-
-def _n_clipped(audio: Tensor) -> int:
-    # Not `sum`, which takes eight bytes for each sample.
+def _n_clipped(audio: Tensor, mel: Tensor) -> int:
+    """Samples beyond [-1, 1]. Raises MelMismatchError where there is no audio at all."""
+    # Neither this nor the count makes a second array of the audio's size.
+    if not all(math.isfinite(end) for end in audio.aminmax()):
+        low, high = mel.aminmax()
+        raise MelMismatchError(
+            f"this mel, {low:.3g} to {high:.3g}, gives samples that are not finite: speech lies "
+            "between -12 and 3 in natural logarithms"
+        )
     return int((audio > 1).count_nonzero() + (audio < -1).count_nonzero())
 
 
@@ -490,21 +447,26 @@ def load(
     if precision not in (*get_args(Precision), "auto"):
         names = ", ".join((*get_args(Precision), "auto"))
         raise ConfigError(f"precision {precision!r} is none of {names}")
-    calibration_mel = _calibration_mel(folder, config.mel) if precision == "int8" else None
-
-    def decoder_of(flow: Flow) -> Decoder:
-        chosen = precision
-        if chosen == "auto":
-            chosen, reason = choose_precision(next(flow.parameters()).device)
-            logger.info("precision %s: %s", chosen, reason)
-        return make_decoder(flow, chosen, compile, calibration_mel)
-
+    if precision == "auto":
+        decoder_of = partial(_chosen, n_mels=config.mel.n_mels, compile=compile)
+    else:
+        mel = _calibration_mel(folder, config.mel) if precision == "int8" else None
+        decoder_of = partial(
+            make_decoder, precision=precision, compile=compile, calibration_mel=mel
+        )
     return Vocoder(config, flow, decoder_of).to(device)
+
+
+def _chosen(flow: Flow, n_mels: int, compile: bool) -> Decoder:
+    decoder, reason = choose_decoder(flow, n_mels, compile)
+    logger.info("precision %s", reason)
+    return decoder
 
 
 def _calibration_mel(folder: Path, config: MelConfig) -> Tensor:
     """The example (M, F) that came with a checkpoint, or something like speech."""
     from waveflow.audio.io import read_mel
+    from waveflow.engine.int8 import speech_like_mel
 
     if (folder / EXAMPLE).is_file():
         return torch.from_numpy(read_mel(folder / EXAMPLE))

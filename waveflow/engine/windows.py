@@ -10,7 +10,7 @@ from waveflow.engine.decoder import Decoder
 from waveflow.flow import Flow
 
 # New frames in a window of a long mel, 12 seconds at 22 kHz. FrameGlow's context of 140 frames in
-# all is then a seventh more work; WaveGlow's networks hold some 0.5 GB in such a window.
+# all is then a seventh more work; WaveGlow's networks hold some 0.2 GB in such a window.
 WINDOW_FRAMES = 1024
 
 

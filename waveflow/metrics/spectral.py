@@ -23,6 +23,13 @@ def log_mel_l1(reference: FloatArray, audio: FloatArray, mel: Callable[[Tensor],
     return float((first - second).abs().mean())
 
 
+def signal_to_noise_db(reference: Tensor, audio: Tensor) -> float:
+    """How well audio matches a reference of the same shape, in dB; infinite where it is equal."""
+    reference, audio = reference.double().cpu(), audio.double().cpu()
+    noise = (audio - reference).square().sum()
+    return (10 * torch.log10(reference.square().sum() / noise)).item()
+
+
 def draw_correlation(first: FloatArray, second: FloatArray) -> float:
     """Pearson correlation of two waveforms (T,): 1 for a model that ignores its noise.
 

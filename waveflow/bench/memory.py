@@ -5,12 +5,11 @@ import gc
 import multiprocessing
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
 
-from waveflow.engine.subjects import RunPath, load_subject, speech_mel
+from waveflow.bench.subjects import RunPath, load_subject, speech_mel
 from waveflow.engine.vocoder import VocoderWarning
 
 # A short call before, so that what libraries set up once is not counted.
@@ -35,13 +34,16 @@ def memory_growth(
         device, threads: as torch takes them.
 
     Returns:
-        None where the system does not tell (other than Linux), or the process was killed.
+        None where the system does not tell: other than Linux, or one that forbids the reset.
+
+    Raises:
+        BrokenProcessPool: the process died, as it does where memory runs out.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
         try:
             return pool.submit(_growth, name, path, n_frames, batch, device, threads).result()
-        except (OSError, BrokenProcessPool):
+        except OSError:
             return None
 
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from waveflow.engine.benchmark import Contender, frames
-from waveflow.engine.calibration import timed
-from waveflow.engine.figures import Part, Profile, Settings
-from waveflow.engine.subjects import PLAIN, speech_mel
+from waveflow.bench.benchmark import Contender, frames
+from waveflow.bench.calibration import timed
+from waveflow.bench.figures import Part, Profile, Settings
+from waveflow.bench.subjects import PLAIN, speech_mel
 from waveflow.engine.vocoder import VocoderWarning
 
 # What disturbs a short run shows as an operator that it hit, hence several; the profiler's own

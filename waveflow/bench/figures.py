@@ -1,5 +1,6 @@
 """What `waveflow bench` finds: settings in, figures out, as they stand in its JSON."""
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -7,9 +8,9 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from waveflow.engine.calibration import Machine
+from waveflow.bench.calibration import Machine
+from waveflow.bench.subjects import DEFAULT_SUBJECTS, PEERS
 from waveflow.engine.decoder import Precision
-from waveflow.engine.subjects import DEFAULT_SUBJECTS, PEERS
 
 # Calibration rates further apart than this, largest over smallest: no headline.
 STEADY = 1.3
@@ -31,7 +32,7 @@ class Settings(_Result):
         compile: whether compiled paths are measured too.
         peers: whether Vocos and Griffin-Lim are.
         device: torch's name.
-        threads: CPU threads.
+        threads: CPU threads, which the caller has given torch.
         batch: items in a call.
         seconds: lengths of an item; each is measured by itself.
         runs: rounds, after a warm-up.
@@ -64,6 +65,9 @@ class Quartiles(_Result):
     def of(cls, values: Sequence[float]) -> "Quartiles":
         low, median, high = np.percentile(values, (25, 50, 75))
         return cls(low=float(low), median=float(median), high=float(high))
+
+    def __str__(self) -> str:
+        return f"{short(self.median)} ({short(self.low)}-{short(self.high)})"
 
 
 class Model(_Result):
@@ -112,7 +116,9 @@ class Row(_Result):
             products and, if asked for, torch.compile.
         share: of the matmul rate of the same precision, counting the plain path's multiply-adds.
         snr_db: of the draw against the plain path's, same mel and noise; infinite where equal.
-        memory_bytes: growth of the peak over the model in a fresh process.
+        memory_bytes: growth of the peak over the model in a fresh process; None where the
+            system does not tell, or that process died.
+        memory_process_died: whether it did, as where memory runs out.
         first_audio: of a stream, where there is one.
     """
 
@@ -131,6 +137,7 @@ class Row(_Result):
     share: float | None
     snr_db: float | None
     memory_bytes: int | None
+    memory_process_died: bool
     first_audio: FirstAudio | None
 
     @property
@@ -262,17 +269,19 @@ class Benchmark(_Result):
         return self.model_dump_json(indent=1)
 
 
-def _spelled(ratio: Quartiles) -> str:
-    return f"{ratio.median:.3g} ({ratio.low:.3g} to {ratio.high:.3g})"
+def short(value: float) -> str:
+    """A ratio or a speed to about three digits, never with an exponent."""
+    if value >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.2f}" if 0.1 <= value < 10 else f"{value:.3g}"
 
 
 def _headline(row: Row) -> str:
-    line = f"{row.model}, {row.path}: {row.times_real_time:.3g} times real time"
+    line = f"{row.model}, {row.path}: {short(row.times_real_time)} x real time"
     if row.snr_db is not None:
-        line += f", {_spelled(row.ratio_to_plain)} times its plain path at {row.snr_db:.0f} dB"
+        output = "equal output" if math.isinf(row.snr_db) else f"{row.snr_db:.0f} dB"
+        line += f", {short(row.ratio_to_plain.median)} x plain ({output})"
     if row.ratio_to_vocos is not None and row.ratio_to_fastest_vocos is not None:
-        line += (
-            f", {_spelled(row.ratio_to_vocos)} times Vocos, "
-            f"{_spelled(row.ratio_to_fastest_vocos)} times Vocos at its fastest here"
-        )
+        fastest = short(row.ratio_to_fastest_vocos.median)
+        line += f", {row.ratio_to_vocos} x Vocos, {fastest} x its fastest"
     return line

@@ -14,14 +14,14 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from waveflow.engine.calibration import Matmul, Timing, describe_machine, matmul, timed
-from waveflow.engine.cost import count_parameters
-from waveflow.engine.figures import (
+from waveflow.bench.calibration import Matmul, Timing, describe_machine, matmul, timed
+from waveflow.bench.figures import (
     Benchmark,
     Calibration,
     FirstAudio,
@@ -31,8 +31,8 @@ from waveflow.engine.figures import (
     Section,
     Settings,
 )
-from waveflow.engine.memory import memory_growth
-from waveflow.engine.subjects import (
+from waveflow.bench.memory import memory_growth
+from waveflow.bench.subjects import (
     PEERS,
     PLAIN,
     VOCOS,
@@ -42,8 +42,10 @@ from waveflow.engine.subjects import (
     load_subject,
     speech_mel,
 )
+from waveflow.engine.cost import count_parameters
 from waveflow.engine.vocoder import VocoderWarning
 from waveflow.errors import ConfigError
+from waveflow.metrics.spectral import signal_to_noise_db
 
 # A stream is fed chunks of so many frames, 0.05 seconds at the usual hop.
 STREAM_CHUNK = 4
@@ -86,7 +88,6 @@ def prepare_contenders(settings: Settings) -> Contenders:
     Raises:
         CheckpointError: a model that does not exist.
     """
-    torch.set_num_threads(settings.threads)
     contenders = Contenders([], [], {})
     for name in dict.fromkeys((*settings.models, *(PEERS if settings.peers else ()))):
         begin = time.perf_counter()
@@ -137,13 +138,6 @@ def benchmark(
         sections=sections,
         left_out=tuple(contenders.left_out),
     )
-
-
-def signal_to_noise_db(reference: Tensor, audio: Tensor) -> float:
-    """How well audio matches a reference of the same shape, in dB; infinite where it is equal."""
-    reference, audio = reference.double().cpu(), audio.double().cpu()
-    noise = (audio - reference).square().sum()
-    return float(10 * torch.log10(reference.square().sum() / noise))
 
 
 def frames(subject: Subject, seconds: float) -> int:
@@ -248,15 +242,20 @@ class _Entry:
             reference.contender.system.draw(self.mel), self.contender.system.draw(self.mel)
         )
 
-    def memory_bytes(self) -> int | None:
-        return memory_growth(
-            self.contender.subject.name,
-            self.contender.path,
-            self.mel.shape[2],
-            self.settings.batch,
-            self.settings.device,
-            self.settings.threads,
-        )
+    def memory(self) -> tuple[int | None, bool]:
+        """Bytes, where they could be measured, and whether the process for it died."""
+        try:
+            grown = memory_growth(
+                self.contender.subject.name,
+                self.contender.path,
+                self.mel.shape[2],
+                self.settings.batch,
+                self.settings.device,
+                self.settings.threads,
+            )
+        except BrokenProcessPool:
+            return None, True
+        return grown, False
 
 
 def _section(
@@ -321,6 +320,7 @@ def _row(
     macs = models[subject.name].macs_per_second
     calibration = calibrations.get(path.precision)
     walls = [timing.wall for timing in entry.timings]
+    memory_bytes, memory_process_died = entry.memory()
     return Row(
         model=subject.name,
         path=path.label,
@@ -336,7 +336,8 @@ def _row(
         ratio_to_fastest_vocos=None if fastest_vocos is None else entry.ratio_to(fastest_vocos),
         share=None if calibration is None or macs is None else entry.share_of(calibration, macs),
         snr_db=entry.snr_db(reference),
-        memory_bytes=entry.memory_bytes(),
+        memory_bytes=memory_bytes,
+        memory_process_died=memory_process_died,
         first_audio=stream,
     )
 

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from waveflow.audio.io import read_audio
 from waveflow.audio.mel import MelSpectrogram
+from waveflow.bench.benchmark import Contender
+from waveflow.bench.figures import Quality
+from waveflow.bench.subjects import FlowSystem
 from waveflow.data.ljspeech import read_corpus
-from waveflow.engine.benchmark import Contender
-from waveflow.engine.figures import Quality
 from waveflow.engine.vocoder import VocoderWarning
 from waveflow.errors import ConfigError, DataError
 from waveflow.metrics.quality import FloatArray, pesq_wb
@@ -54,11 +53,14 @@ def measure_quality(contender: Contender, clips: Sequence[FloatArray]) -> Qualit
         raise ConfigError(
             "quality is measured by PESQ: pip install 'waveflow[eval]', or leave --data"
         ) from error
-    config = contender.subject.mel_config
+    assert isinstance(contender.system, FlowSystem)
+    vocoder, config = contender.system.vocoder, contender.subject.mel_config
     spectrogram = MelSpectrogram(config)
     distances, scores = [], []
     for clip in clips:
-        copy = _copy(contender, clip, spectrogram)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", VocoderWarning)
+            copy = vocoder.resynth(clip).cpu().numpy()
         distances.append(log_mel_l1(clip, copy, spectrogram))
         # It cannot judge a clip in which it finds no speech.
         try:
@@ -76,14 +78,3 @@ def measure_quality(contender: Contender, clips: Sequence[FloatArray]) -> Qualit
         log_mel_l1=float(np.mean(distances)),
         pesq=float(np.mean(scores)),
     )
-
-
-def _copy(contender: Contender, clip: FloatArray, spectrogram: MelSpectrogram) -> FloatArray:
-    """The recording (T,) from its mel alone, (T,)."""
-    hop = contender.subject.mel_config.hop_length
-    padded = functional.pad(torch.from_numpy(clip), (0, -len(clip) % hop))
-    # Centred mels have a frame more than hops.
-    mel: Tensor = spectrogram(padded[None])[..., : len(padded) // hop]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", VocoderWarning)
-        return contender.system(mel)[0, : len(clip)].cpu().numpy()

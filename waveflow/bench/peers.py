@@ -13,13 +13,10 @@ from torch import Tensor, nn
 
 from waveflow.audio.mel import MelConfig
 from waveflow.audio.stft import hann_window, istft
-from waveflow.engine.product import Product
 from waveflow.metrics.griffin_lim import griffin_lim
 from waveflow.nn.frame import ConvNeXtBlock
 
 MAX_MAGNITUDE = 100.0
-# What products are packed for, four seconds; any length works.
-USUAL_ROWS = 344
 
 Peer = Callable[[Tensor], Tensor]
 
@@ -30,18 +27,6 @@ class VocosBlock(ConvNeXtBlock):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         h = self.expand(self.norm(self.depthwise(x)))
         return torch.addcmul(x, self.contract(F.gelu(h)), self.gain)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer by the engine's product, on a CPU."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight, bias = linear.weight.detach(), linear.bias.detach()
-        self.product = Product(weight, torch.float32, USUAL_ROWS, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x)
 
 
 class Vocos(nn.Module):
@@ -85,15 +70,6 @@ class Vocos(nn.Module):
         """mel (B, M, F) to log-magnitudes and phases, (B, F, n_fft + 2)."""
         x = self.norm(self.embed(mel).transpose(1, 2).contiguous())
         return self.head(self.final_norm(self.blocks(x)))
-
-    def packed(self) -> "Vocos":
-        """A copy with the engine's products, on a CPU: on AMD's it is twice as fast."""
-        twin = copy.deepcopy(self)
-        for parent in list(twin.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, PackedLinear(child))
-        return twin
 
     def compiled(self) -> "Vocos":
         """A copy whose network is compiled; compilers gain nothing on complex numbers."""

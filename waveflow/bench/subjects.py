@@ -14,10 +14,11 @@ from torch.nn.utils import parametrize
 
 from waveflow.audio.io import read_mel
 from waveflow.audio.mel import MEL_PRESETS, MelConfig
+from waveflow.bench.peers import Peer, Vocos, griffin_lim_peer
 from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint
 from waveflow.engine.cost import COUNTED_FRAMES, PLAIN_LEVEL, macs_per_frame, macs_per_second, tiled
 from waveflow.engine.decoder import Decoder, Precision, make_decoder
-from waveflow.engine.peers import Peer, Vocos, griffin_lim_peer
+from waveflow.engine.packed import with_packed_linears
 from waveflow.engine.vocoder import Vocoder
 from waveflow.errors import CheckpointError
 from waveflow.flow import Flow
@@ -206,18 +207,18 @@ class FlowSubject:
         return paths
 
     def system(self, path: RunPath) -> "FlowSystem":
-        decoder = self._decoder(path)
-        vocoder = Vocoder(self.config, self.folded, lambda _: decoder)
-        return FlowSystem(vocoder.to(next(self.folded.parameters()).device))
+        # The engine gets what `waveflow.load` gives it, weight norm and all.
+        flow = self.folded if path == PLAIN else self.published
+        decoder = self._decoder(path, flow)
+        vocoder = Vocoder(self.config, flow, lambda _: decoder)
+        return FlowSystem(vocoder.to(next(flow.parameters()).device))
 
-    def _decoder(self, path: RunPath) -> Decoder:
-        if path.kind == "published":
-            return self.published.decode
-        if path == PLAIN:
-            return self.folded.decode
+    def _decoder(self, path: RunPath, flow: Flow) -> Decoder:
+        if path.kind in ("published", "plain"):
+            return flow.decode
         mel = speech_mel(self.mel_config, CALIBRATION_FRAMES, 1)[0]
-        mel = mel.to(next(self.folded.parameters()).device)
-        return make_decoder(self.folded, path.precision, path.kind == "compiled", mel)
+        mel = mel.to(next(flow.parameters()).device)
+        return make_decoder(flow, path.precision, path.kind == "compiled", mel)
 
 
 class FlowSystem:
@@ -272,7 +273,7 @@ class VocosSubject:
 
     def system(self, path: RunPath) -> PeerSystem:
         if path.kind == "engine":
-            return PeerSystem(self.network.packed())
+            return PeerSystem(with_packed_linears(self.network))
         return PeerSystem(self.network.compiled() if path.kind == "compiled" else self.network)
 
 

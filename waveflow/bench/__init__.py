@@ -1,0 +1,1 @@
+"""What `waveflow bench` measures, and with what care."""
