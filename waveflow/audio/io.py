@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,32 +11,13 @@ import numpy as np
 import soundfile
 
 from waveflow.errors import AudioError, DataError, MelMismatchError, WaveflowError
+from waveflow.files import atomic_path
 
 # What libsndfile reads and people keep speech in.
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
 MEL_SUFFIXES = (".npy", ".npz", ".pt")
 
 _FORMATS = {".wav": "WAV", ".flac": "FLAC"}
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path beside `path` that replaces it on success and vanishes on failure.
-
-    Whoever reads `path` sees the old file or the whole new one, never a part.
-
-    Example:
-        >>> with atomic_path("out.txt") as temporary:
-        ...     temporary.write_text("whole or not at all")
-    """
-    path = Path(path)
-    # Hidden, and with the same suffix: libraries pick formats by it.
-    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def list_inputs(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> list[Path]:
@@ -50,14 +30,22 @@ def list_inputs(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> list
     Raises:
         DataError: If there is no such folder, or no such file in it.
     """
+    return [Path(folder, name) for name in list_names(folder, suffixes)]
+
+
+def list_names(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> list[str]:
+    """The names alone of `list_inputs`, of which a folder may hold millions."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
-    found = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith(".")
-    )
+    with os.scandir(folder) as entries:  # which knows the files without asking for each
+        found = sorted(
+            entry.name
+            for entry in entries
+            if os.path.splitext(entry.name)[1].lower() in suffixes
+            and entry.is_file()
+            and not entry.name.startswith(".")
+        )
     if not found:
         raise DataError(f"{folder} holds no {' or '.join(suffixes)} file")
     return found
@@ -151,11 +139,7 @@ def open_audio(
         ...         write(piece)
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in _FORMATS:
-        raise AudioError(f"cannot write {path}: the name must end in .wav or .flac")
-    if float32 and suffix != ".wav":
-        raise AudioError(f"cannot write {path}: 32-bit floats need a name that ends in .wav")
+    check_audio_name(path, float32)
     subtype = "FLOAT" if float32 else "PCM_16"
 
     def write(audio: np.ndarray) -> None:
@@ -170,10 +154,19 @@ def open_audio(
     with (
         _writing(path, AudioError) as temporary,
         soundfile.SoundFile(
-            temporary, "w", sample_rate, 1, subtype, format=_FORMATS[suffix]
+            temporary, "w", sample_rate, 1, subtype, format=_FORMATS[path.suffix.lower()]
         ) as file,
     ):
         yield write
+
+
+def check_audio_name(path: Path, float32: bool = False) -> None:
+    """Raises AudioError for a name that `write_audio` would refuse after the long work."""
+    suffix = path.suffix.lower()
+    if suffix not in _FORMATS:
+        raise AudioError(f"cannot write {path}: the name must end in .wav or .flac")
+    if float32 and suffix != ".wav":
+        raise AudioError(f"cannot write {path}: 32-bit floats need a name that ends in .wav")
 
 
 def read_mel(path: str | os.PathLike[str]) -> np.ndarray:

@@ -11,6 +11,7 @@ import typer
 from waveflow.cli import options
 from waveflow.cli.console import note
 from waveflow.cli.jobs import about, plan_jobs, run_jobs
+from waveflow.cli.shards import local_device
 from waveflow.cli.synthesis import Audio, Recordings
 from waveflow.errors import ConfigError
 
@@ -93,7 +94,7 @@ def denoise(
     denoiser_at: Callable[[int], Denoiser]
     if noise is None:
         wanted_rate, denoiser_at = _of_model(
-            options.load_vocoder(model, device, verify=verify), bias
+            options.load_vocoder(model, local_device(device), verify=verify), bias
         )
     else:
         wanted_rate, denoiser_at = None, _of_noise(noise)

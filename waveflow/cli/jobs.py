@@ -1,4 +1,7 @@
-"""One file to one file, or a folder of files to a folder: what vocode, resynth and mel share."""
+"""One file to one file, or a folder of files to a folder: what vocode, resynth and mel share.
+
+Under torchrun each process makes its share of a folder's files; rank 0 reports for all of them.
+"""
 
 import os
 import warnings
@@ -9,23 +12,29 @@ from typing import NamedTuple, TextIO
 
 import typer
 
-from waveflow.cli.console import counting, note
+from waveflow.cli.console import note
 from waveflow.cli.options import check_writable
+from waveflow.cli.shards import Group, check_alone, join_group
 from waveflow.errors import AudioError, ConfigError, DataError, MelMismatchError
 
 
 class Jobs(NamedTuple):
-    """What is to be made.
+    """What this process is to make.
 
     Attributes:
-        pairs: (input, output), each a file.
-        folder: of the outputs, where a folder was given; None for one file.
-        n_kept: outputs of a folder job that are there already and stay.
+        source: the input, a file or a folder.
+        out: the output, likewise.
+        names: of the output by that of the input, of this process's share of a folder job (there
+            may be millions); None for one file.
+        n_kept: outputs of the share that are there already and stay.
+        group: the processes that share the folder.
     """
 
-    pairs: list[tuple[Path, Path]]
-    folder: Path | None
+    source: Path
+    out: Path
+    names: dict[str, str] | None
     n_kept: int
+    group: Group
 
 
 def plan_jobs(
@@ -41,21 +50,29 @@ def plan_jobs(
 
     Raises:
         DataError: the source is missing, or a folder without such a file.
-        ConfigError: an output is an input, two outputs are one, or `out` cannot be written.
+        ConfigError: an output is an input, two outputs are one, or `out` cannot be written; or
+            several processes are to make one file.
     """
-    from waveflow.audio.io import list_inputs
+    from waveflow.audio.io import list_names
 
     if not source.exists():
         raise DataError(f"{source} does not exist")
     if not source.is_dir():
-        _check_apart([(source, out)])
+        check_alone(f"the file {source}")
+        _check_apart(source, out)
         check_writable(out)
-        return Jobs([(source, out)], None, 0)
-    pairs = [(path, out / f"{path.stem}{out_suffix}") for path in list_inputs(source, suffixes)]
-    _check_apart(pairs)
+        return Jobs(source, out, None, 0, Group(0, 1, None))
+    inputs = list_names(source, suffixes)
+    _check_one_to_one(source, inputs, out_suffix)
     _make_folder(out)
-    wanted = [(path, target) for path, target in pairs if force or not target.exists()]
-    return Jobs(wanted, out, len(pairs) - len(wanted))
+    _check_folders_apart(source, inputs, out, out_suffix, force)
+    group = join_group()
+    names = {name: _renamed(name, out_suffix) for name in group.share(inputs)}
+    n_all = len(names)
+    if not force:
+        made = _files_among(set(names.values()), out)
+        names = {name: target for name, target in names.items() if target not in made}
+    return Jobs(source, out, names, n_all - len(names), group)
 
 
 def run_jobs(jobs: Jobs, work: Callable[[Path, Path], None]) -> None:
@@ -67,20 +84,29 @@ def run_jobs(jobs: Jobs, work: Callable[[Path, Path], None]) -> None:
         WaveflowError: of the one file.
         typer.Exit: with status 2, if files of a folder could not be used.
     """
-    if jobs.folder is None:
-        work(*jobs.pairs[0])
+    if jobs.names is None:
+        work(jobs.source, jobs.out)
         return
     bad = []
-    with counting("files") as progress:
-        for done, (source, target) in enumerate(jobs.pairs, start=1):
+    with jobs.group.counting("files") as progress:
+        for done, (name, target) in enumerate(jobs.names.items(), start=1):
             try:
-                work(source, target)
+                work(jobs.source / name, jobs.out / target)
             except (AudioError, MelMismatchError) as error:
                 bad.append(str(error))
-            progress(done, len(jobs.pairs))
-    kept = f", {jobs.n_kept} kept (--force makes them again)" if jobs.n_kept else ""
+            progress(done, len(jobs.names))
+    shares = jobs.group.gather("jobs", (len(jobs.names) - len(bad), jobs.n_kept, bad))
+    if shares is not None:
+        written, kept, failures = zip(*shares, strict=True)
+        _report(jobs, sum(written), sum(kept), [message for part in failures for message in part])
+
+
+def _report(jobs: Jobs, n_written: int, n_kept: int, bad: list[str]) -> None:
+    n_processes = jobs.group.world_size
+    by = f" by {n_processes} processes" if n_processes > 1 else ""
+    kept = f", {n_kept} kept (--force makes them again)" if n_kept else ""
     failed = f", {len(bad)} failed:" if bad else ""
-    note(f"{len(jobs.pairs) - len(bad)} written to {jobs.folder}{kept}{failed}")
+    note(f"{n_written} written to {jobs.out}{by}{kept}{failed}")
     for message in bad:
         note(message)
     if bad:
@@ -126,18 +152,50 @@ def _make_folder(out: Path) -> None:
         raise ConfigError(f"cannot write to the folder {out}: no permission")
 
 
-def _check_apart(pairs: list[tuple[Path, Path]]) -> None:
-    """No output may be an input, under whatever name, or another's output."""
-    inputs = {_identity(source) for source, _ in pairs}
-    makers: dict[Path, Path] = {}
-    for source, target in pairs:
-        if target.exists() and _identity(target) in inputs:
-            raise ConfigError(f"output {target} is also an input: name another output")
+def _renamed(name: str, suffix: str) -> str:
+    return os.path.splitext(name)[0] + suffix
+
+
+def _files_among(names: set[str], folder: Path) -> set[str]:
+    """Those of the names that are files of the folder, which is read once."""
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.name in names and entry.is_file()}
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    """The output may not be the input, under whatever name."""
+    if out.exists() and out.samefile(source):
+        raise _also_an_input(out)
+
+
+def _check_one_to_one(source: Path, inputs: list[str], out_suffix: str) -> None:
+    """No output may be another's."""
+    makers: dict[str, str] = {}
+    for name in inputs:
+        target = _renamed(name, out_suffix)
         if target in makers:
-            raise ConfigError(f"{makers[target]} and {source} would both become {target}")
-        makers[target] = source
+            first = source / makers[target]
+            raise ConfigError(f"{first} and {source / name} would both become {target}")
+        makers[target] = name
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
+def _check_folders_apart(
+    source: Path, inputs: list[str], out: Path, out_suffix: str, force: bool
+) -> None:
+    """No output may be an input: in one and the same folder, or at the end of a link."""
+    # Without regard to case, as some file systems see it.
+    present = {name.casefold() for name in inputs} if source.samefile(out) else set()
+    if force:  # else what is there stays
+        folder = os.path.realpath(out)
+        paths = (os.path.join(source, name) for name in inputs)
+        ends = (os.path.split(os.path.realpath(path)) for path in paths if os.path.islink(path))
+        present |= {name.casefold() for parent, name in ends if parent == folder}
+    if present:
+        for name in inputs:
+            target = _renamed(name, out_suffix)
+            if target.casefold() in present:
+                raise _also_an_input(out / target)
+
+
+def _also_an_input(out: Path) -> ConfigError:
+    return ConfigError(f"output {out} is also an input: name another output")

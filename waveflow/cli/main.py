@@ -13,9 +13,10 @@ from waveflow.cli.bench import bench
 from waveflow.cli.console import NoteHandler, note
 from waveflow.cli.convert import convert
 from waveflow.cli.denoise import denoise
+from waveflow.cli.prepare import prepare
 from waveflow.cli.report import evaluate, info
 from waveflow.cli.synthesis import mel, resynth, vocode
-from waveflow.cli.training import prepare, train
+from waveflow.cli.training import train
 from waveflow.errors import WaveflowError
 
 DONE, OUR_FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130

@@ -1,12 +1,12 @@
 """Arguments that several verbs share, and what they mean."""
 
+import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from waveflow.cli.console import note
 from waveflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ Device = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, metavar="N", help="CPU threads. Without it: torch's choice."),
+    typer.Option(
+        "--threads", min=1, max=1024, metavar="N", help="CPU threads. Without it: torch's choice."
+    ),
 ]
 Float = Annotated[
     bool, typer.Option("--float", help="Write 32-bit floats instead of 16-bit integers (not FLAC).")
@@ -115,17 +117,13 @@ def load_vocoder(
     compile: bool = False,
 ) -> "Vocoder":
     """The vocoder that the options of the same names ask for."""
-    import torch
-
-    from waveflow.engine.decoder import choose_precision
     from waveflow.engine.vocoder import load
 
     set_threads(threads)
     check_device(device)
     if precision == PrecisionName.auto:
-        chosen, reason = choose_precision(torch.device(device))
-        note(f"precision {chosen}: {reason}")
-        precision = PrecisionName(chosen)
+        # The choice is logged.
+        logging.getLogger("waveflow.engine").setLevel(logging.INFO)
     return load(model, verify, device, precision.value, compile)
 
 

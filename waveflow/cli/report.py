@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from waveflow.cli import options
-from waveflow.cli.console import counting, note
+from waveflow.cli.console import note
+from waveflow.cli.shards import join_group, local_device, merge
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,6 +34,7 @@ def evaluate(
     ] = None,
     seed: options.Seed = 0,
     sigma: options.Sigma = None,
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     verify: options.Verify = True,
 ) -> None:
@@ -41,7 +43,8 @@ def evaluate(
     PESQ, STOI, log-mel distance, voicing and F0, DNSMOS, with and without mel
     refinement, beside Griffin-Lim; and the likelihood of the speech and of the
     model's own draws. Figures need packages: pip install 'waveflow[eval]'; one
-    whose package is missing is left out.
+    whose package is missing is left out. The processes of a torchrun share the
+    recordings, each with a GPU of its own for --device cuda.
 
     \b
     Examples:
@@ -50,19 +53,23 @@ def evaluate(
     """
     from waveflow.audio.io import AUDIO_SUFFIXES, atomic_path, list_inputs
     from waveflow.engine.vocoder import VocoderWarning
-    from waveflow.metrics.evaluate import evaluate as measure
-    from waveflow.metrics.evaluate import select_ids
+    from waveflow.metrics.evaluate import CLIPS, measure_clips, select_ids, summarise
 
     files = list_inputs(folder, AUDIO_SUFFIXES)
     if ids is not None:
         files = select_ids(files, ids)
     if json_file is not None:
         options.check_writable(json_file)
-    vocoder = options.load_vocoder(model, threads=threads, verify=verify)
-    with counting("clips") as progress, warnings.catch_warnings():
+    group = join_group()
+    vocoder = options.load_vocoder(model, local_device(device), threads, verify)
+    with group.counting("clips") as progress, warnings.catch_warnings():
         # One line for each clipped copy would drown the table.
         warnings.simplefilter("ignore", VocoderWarning)
-        result = measure(vocoder, files, seed, progress, sigma)
+        clips = measure_clips(vocoder, group.share(files), seed, progress, sigma)
+    shares = group.gather("clips", CLIPS.dump_python(clips))
+    if shares is None:
+        return
+    result = summarise(CLIPS.validate_python(merge(shares)), vocoder.sample_rate, seed, sigma)
     if json_file is not None:
         with atomic_path(json_file) as temporary:
             temporary.write_text(result.to_json() + "\n")
@@ -90,7 +97,8 @@ def info(
         bool, typer.Option("--speed", help="Measure the speed of MODEL, or of the default.")
     ] = False,
     threads: Annotated[
-        int, typer.Option("--threads", min=1, metavar="N", help="CPU threads for --speed.")
+        int,
+        typer.Option("--threads", min=1, max=1024, metavar="N", help="CPU threads for --speed."),
     ] = 1,
     verify: options.Verify = True,
 ) -> None:

@@ -12,6 +12,7 @@ import typer
 from waveflow.cli import options
 from waveflow.cli.console import note
 from waveflow.cli.jobs import about, plan_jobs, run_jobs
+from waveflow.cli.shards import check_alone, local_device
 from waveflow.errors import ConfigError, MelMismatchError
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def vocode(
 
     A mel is an array (bands, frames) of natural logarithms: .npy, .npz with one
     array or one named `mel`, or .pt with one tensor. A folder becomes a folder of
-    .wav files; those that are there already are kept.
+    .wav files; those that are there already are kept. The processes of a torchrun
+    share the folder, each with a GPU of its own for --device cuda.
 
     With `-` for the input, .npy arrays are read from stdin, one after another, as
     numpy.save writes them: pieces of one mel, spoken as soon as they are final.
@@ -77,9 +79,17 @@ def vocode(
       waveflow vocode mels/ -o wavs/ --model runs/x --device cuda
       cat mel.npy | waveflow vocode - -o - | aplay -t raw -f S16_LE -r 22050
     """
-    from waveflow.audio.io import MEL_SUFFIXES, read_mel, read_mels, write_audio
+    from waveflow.audio.io import (
+        MEL_SUFFIXES,
+        check_audio_name,
+        read_mel,
+        read_mels,
+        write_audio,
+    )
 
+    device = local_device(device)
     if PIPE in (source, out):
+        check_alone("a pipe")
         if denoise is not None:
             raise ConfigError("--denoise works on whole files, not on a pipe: leave it out")
         if source.is_dir():
@@ -87,7 +97,11 @@ def vocode(
         if source != PIPE and not source.exists():
             raise MelMismatchError(f"{source} does not exist")
         if out != PIPE:
+            check_audio_name(out, float32)
             options.check_writable(out)
+        for stream in (sys.stdin, sys.stdout):
+            if stream is None:
+                raise ConfigError("- stands for stdin and stdout, and one of them is closed")
         vocoder = options.load_vocoder(model, device, threads, verify, precision, compile)
         name = "stdin" if source == PIPE else str(source)
         mels = read_mels(sys.stdin.buffer) if source == PIPE else [read_mel(source)]
@@ -96,6 +110,8 @@ def vocode(
                 write(piece.cpu().numpy())
         return
     jobs = plan_jobs(source, out, MEL_SUFFIXES, ".wav", force)
+    if not source.is_dir():
+        check_audio_name(out, float32)
     vocoder = options.load_vocoder(model, device, threads, verify, precision, compile)
 
     def work(path: Path, target: Path) -> None:
@@ -129,6 +145,8 @@ def _opened(out: Path, sample_rate: int, float32: bool) -> "Iterator[Callable[[n
     except BrokenPipeError:
         # Who listened has heard enough. What Python flushes as it ends must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        raise ConfigError(f"cannot write to stdout: {error.strerror}") from error
 
 
 def resynth(
@@ -151,7 +169,8 @@ def resynth(
 
     The copy has the recording's length, at the model's sample rate. Other rates are
     resampled and channels mixed down. A folder becomes a folder of .wav files;
-    those that are there already are kept.
+    those that are there already are kept. The processes of a torchrun share the
+    folder, each with a GPU of its own for --device cuda.
 
     \b
     Examples:
@@ -159,10 +178,12 @@ def resynth(
       waveflow resynth in.wav -o out.wav --refine 0 --float
       waveflow resynth recordings/ -o copies/ --threads 1
     """
-    from waveflow.audio.io import AUDIO_SUFFIXES, read_audio, write_audio
+    from waveflow.audio.io import AUDIO_SUFFIXES, check_audio_name, read_audio, write_audio
 
     jobs = plan_jobs(source, out, AUDIO_SUFFIXES, ".wav", force)
-    vocoder = options.load_vocoder(model, device, threads, verify, precision, compile)
+    if not source.is_dir():
+        check_audio_name(out, float32)
+    vocoder = options.load_vocoder(model, local_device(device), threads, verify, precision, compile)
 
     def work(path: Path, target: Path) -> None:
         recording, _, changes = read_audio(path, vocoder.sample_rate)

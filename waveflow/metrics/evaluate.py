@@ -3,14 +3,14 @@
 import importlib
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from torch import Tensor
 from torch.nn import functional
 
@@ -116,6 +116,28 @@ class BadFile(_Result):
     message: str
 
 
+class Clip(_Result):
+    """What was measured of one recording.
+
+    Attributes:
+        n_samples: Its length at the model's rate.
+        figures: By system and column; NaN where a metric could not judge it.
+        log_prob_speech, log_prob_draw, draw_correlation: As in `Evaluation`; the last may be NaN.
+        changes: What reading did to it, in words.
+    """
+
+    n_samples: int
+    figures: dict[str, dict[str, float]]
+    log_prob_speech: float
+    log_prob_draw: float
+    draw_correlation: float
+    changes: tuple[str, ...]
+
+
+# To and from plain values, for the way from one process to another.
+CLIPS = TypeAdapter(list[Clip | BadFile])
+
+
 class Evaluation(_Result):
     """Result of `evaluate`. Means are over clips, each counting once; likelihoods over samples.
 
@@ -189,49 +211,88 @@ def evaluate(
     Raises:
         AudioError: If there is no file, or none can be read.
     """
-    paths = list(files)
+    clips = measure_clips(vocoder, list(files), seed, progress, sigma, refine)
+    return summarise(clips, vocoder.sample_rate, seed, sigma)
+
+
+def measure_clips(
+    vocoder: CopySynthesis,
+    files: Sequence[Path],
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    sigma: float | None = None,
+    refine: int | None = None,
+) -> list[Clip | BadFile]:
+    """The first half of `evaluate`, with its arguments: of several processes, each may do a part.
+
+    A clip's figures do not depend on the others.
+    """
     metrics = [metric for metric in METRICS if _is_installed(metric.package)]
-    figures: dict[str, list[dict[str, float]]] = defaultdict(list)
-    likelihoods: list[_Likelihoods] = []
-    bad_files: list[BadFile] = []
-    lengths: list[int] = []
-    changed: Counter[str] = Counter()
-    for done, path in enumerate(paths, start=1):
+    clips: list[Clip | BadFile] = []
+    for done, path in enumerate(files, start=1):
         try:
             audio, _, changes = read_audio(path, vocoder.sample_rate)
         except (WaveflowError, OSError) as error:
-            bad_files.append(BadFile(path=str(path), message=str(error)))
+            clips.append(BadFile(path=str(path), message=str(error)))
         else:
-            for name, copy in copies(vocoder, audio, seed, sigma, refine).items():
-                chosen = [m for m in metrics if name != RECORDING or not m.needs_reference]
-                figures[name].append(_measure(chosen, audio, copy, vocoder.mel_config))
-            likelihoods.append(_likelihoods(vocoder, audio, seed, sigma))
-            lengths.append(len(audio))
-            changed.update(changes)
+            made = copies(vocoder, audio, seed, sigma, refine)
+            speech, draw, correlation = _likelihoods(vocoder, audio, seed, sigma)
+            clips.append(
+                Clip(
+                    n_samples=len(audio),
+                    figures={
+                        name: _measure(_judges(metrics, name), audio, copy, vocoder.mel_config)
+                        for name, copy in made.items()
+                    },
+                    log_prob_speech=speech,
+                    log_prob_draw=draw,
+                    draw_correlation=correlation,
+                    changes=tuple(changes),
+                )
+            )
         if progress:
-            progress(done, len(paths))
-    if not likelihoods:
+            progress(done, len(files))
+    return clips
+
+
+def summarise(
+    results: Sequence[Clip | BadFile], sample_rate: int, seed: int, sigma: float | None
+) -> Evaluation:
+    """The second half of `evaluate`: means over clips.
+
+    Args:
+        results: Of `measure_clips`, of all files.
+        sample_rate: Of the model, in Hz.
+        seed, sigma: As they were given to `measure_clips`.
+
+    Raises:
+        AudioError: If no file could be read.
+    """
+    clips = [result for result in results if isinstance(result, Clip)]
+    bad_files = tuple(result for result in results if isinstance(result, BadFile))
+    if not clips:
         reason = bad_files[0].message if bad_files else "give wav or flac files"
         raise AudioError(f"no recording to evaluate: {reason}")
+    changed = Counter(change for clip in clips for change in clip.changes)
     for change, n_files in changed.items():
         logger.warning("%s (%d files)", change, n_files)
+    lengths = [clip.n_samples for clip in clips]
     log_prob_speech, log_prob_draw = np.average(
-        [(likelihood.speech, likelihood.draw) for likelihood in likelihoods],
-        axis=0,
-        weights=lengths,
+        [(clip.log_prob_speech, clip.log_prob_draw) for clip in clips], axis=0, weights=lengths
     )
-    measured = {column for metric in metrics for column in metric.columns}
+    rows = [_row(name, [clip.figures[name] for clip in clips]) for name in clips[0].figures]
+    measured = {column for row in rows for column in row.scores}
     return Evaluation(
-        n_clips=len(likelihoods),
-        seconds=sum(lengths) / vocoder.sample_rate,
+        n_clips=len(clips),
+        seconds=sum(lengths) / sample_rate,
         seed=seed,
         sigma=sigma,
-        rows=tuple(_row(name, clips) for name, clips in figures.items()),
+        rows=tuple(rows),
         log_prob_speech=float(log_prob_speech),
         log_prob_draw=float(log_prob_draw),
-        draw_correlation=_nan_mean(likelihood.correlation for likelihood in likelihoods),
+        draw_correlation=_nan_mean(clip.draw_correlation for clip in clips),
         missing=tuple(column for column in COLUMNS if column not in measured),
-        bad_files=tuple(bad_files),
+        bad_files=bad_files,
     )
 
 
@@ -279,7 +340,7 @@ def copies(
         made[f"{label} 60"] = griffin_lim(mel, vocoder.mel_config, 60, seed, inversion)
         start = griffin_lim(mel, vocoder.mel_config, 32, seed, inversion)
         made[_with_refinement(f"{label} 32", steps)] = vocoder.refinement(
-            start[None], mel.cpu()[None], steps
+            start.to(mel.device)[None], mel[None], steps
         )[0]
     return {name: _finish(copy, len(audio)) for name, copy in made.items()}
 
@@ -298,6 +359,11 @@ def _padded_mel(vocoder: CopySynthesis, audio: Tensor) -> Tensor:
 
 def _finish(copy: Tensor, n_samples: int) -> FloatArray:
     return copy.detach().cpu().float().numpy()[:n_samples].clip(-1.0, 1.0)
+
+
+def _judges(metrics: Sequence[Metric], name: str) -> list[Metric]:
+    """The metrics that have something to say of a copy, or of the recording itself."""
+    return [metric for metric in metrics if name != RECORDING or not metric.needs_reference]
 
 
 def _measure(
