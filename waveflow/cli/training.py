@@ -1,7 +1,9 @@
-"""`waveflow prepare` and `train`: recordings to a cache, a cache to a model."""
+"""`waveflow train`: a cache to a model."""
 
 import logging
 import math
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,58 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from waveflow.cli import options
-from waveflow.cli.console import counting, note, progress_bar
-from waveflow.errors import CheckpointError, ConfigError, DataError
+from waveflow.cli.console import note, progress_bar
+from waveflow.cli.prepare import make_cache, note_report
+from waveflow.cli.shards import local_device
+from waveflow.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from waveflow.audio.mel import MelConfig
     from waveflow.data.cache import TrainingCache
-    from waveflow.data.prepare import PrepareReport
     from waveflow.training.trainer import Progress
-
-
-def prepare(
-    corpora: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="CORPUS", help="Folders in LJSpeech's layout, or of audio files alone."
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option("-o", "--out", metavar="CACHE", help="The cache's folder; one is replaced."),
-    ],
-    mel: Annotated[
-        options.MelPreset, typer.Option("--mel", help="Its sample rate and hop are the cache's.")
-    ] = options.MelPreset.hifigan,
-    workers: Annotated[
-        int | None,
-        typer.Option("--workers", min=1, metavar="N", help="Processes. Without it: one per core."),
-    ] = None,
-) -> None:
-    """Recordings to a training cache: resampled audio and its F0.
-
-    A corpus is a folder with metadata.csv (lines ID|text), wavs/ and, if you like,
-    val.txt (ids to keep out of training); or just a folder of audio files. Files
-    that cannot be used are left out and listed.
-
-    \b
-    Examples:
-      waveflow prepare LJSpeech-1.1 -o data/lj
-      waveflow prepare kathleen nathalie -o data/two --workers 4
-    """
-    from waveflow.audio.mel import MEL_PRESETS
-
-    report = _prepare(corpora, out, MEL_PRESETS[mel], workers)
-    print(f"{out}: {_amounts(report)}")
-    for line in report.notes:
-        print(line)
-    if report.skipped:
-        print(f"{len(report.skipped)} files left out:")
-    for line in report.skipped:
-        print(f"  {line}")
 
 
 def train(
@@ -79,7 +40,10 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in RUN, with its recipe.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in RUN; start it where it has no checkpoint yet."
+        ),
     ] = False,
     init: Annotated[
         str | None,
@@ -93,8 +57,12 @@ def train(
     """Trains a model.
 
     Corpora are prepared into RUN/cache first, which --resume uses again. RUN keeps
-    the last and the best checkpoint, metrics.csv, and curves for TensorBoard; as a
-    --model it is its best checkpoint.
+    the last two and the best checkpoint, metrics.csv, and curves for TensorBoard; as
+    a --model it is its best checkpoint. SIGTERM saves and ends; a damaged checkpoint
+    is passed over by --resume.
+
+    Under torchrun the processes share each batch, and --device cuda gives each its
+    own GPU. A worker that torchrun starts again (--max-restarts) resumes by itself.
 
     \b
     Examples:
@@ -103,41 +71,66 @@ def train(
       waveflow train recipe.toml --data kathleen --data nathalie --out runs/y
       waveflow train recipe.toml --out runs/y --resume --max-minutes 60
       waveflow train recipe.toml --data data/lj --out runs/z --init runs/y
+      torchrun --nproc-per-node 8 --max-restarts 3 -m waveflow train \\
+          recipe.toml --data data/lj --out runs/w --device cuda
     """
+    from waveflow.checkpoint import run_checkpoints
     from waveflow.training.config import read_recipe
+    from waveflow.training.distributed import (
+        is_main,
+        on_main,
+        process_group,
+        was_restarted,
+    )
 
-    if resume and init is not None:
-        raise ConfigError("--init starts a run and --resume goes on with one: give one of them")
+    resume = resume or was_restarted()
     # Before the data are prepared: that takes long and would replace the run's cache.
-    _check_run(out, resume)
+    if run_checkpoints(out):
+        if not resume:
+            raise ConfigError(f"{out} holds a run: go on with it (--resume) or name another folder")
+        init = None  # the run has begun from it
     settings = read_recipe(recipe)
+    device = local_device(device)
     options.check_device(device)
     start = None if init is None else _weights(init)
-    cache = _training_cache(data or [], out / "cache", settings.mel, resume)
 
+    from waveflow.data.cache import TrainingCache
     from waveflow.training.trainer import Trainer
 
-    cache.verify()
-    trainer = Trainer(settings, cache, out, device, start, resume, _described(cache, init))
-    logging.getLogger("waveflow").setLevel(logging.INFO)
-    with _training_bar(settings.train.steps) as report:
-        trainer.run(max_minutes, report)
-    best = "" if trainer.best is None else f", best validation log-likelihood {trainer.best:.4f}"
-    print(f"{out}: {trainer.step} steps, {trainer.minutes:.1f} minutes{best}")
+    with process_group(device):
+        main, logger = is_main(), logging.getLogger("waveflow")
+        # What all processes would say, one says.
+        logger.setLevel(logging.WARNING if main else logging.ERROR)
+        folder = on_main(lambda: _data(data or [], out / "cache", settings.mel, resume))
+        cache = TrainingCache(folder)
+        with _sigterm() as stop:
+            trainer = Trainer(settings, cache, out, device, start, resume, _described(cache, init))
+            if main:
+                logger.setLevel(logging.INFO)
+            with _training_bar(settings.train.steps, visible=main) as report:
+                trainer.run(max_minutes, report, stop)
+    if main:
+        best = trainer.best
+        score = "" if best is None else f", best validation log-likelihood {best:.4f}"
+        print(f"{out}: {trainer.step} steps, {trainer.minutes:.1f} minutes{score}")
 
 
-def _check_run(out: Path, resume: bool) -> None:
-    from waveflow.checkpoint import RUN_POINTER
+@contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Makes of SIGTERM, by which a scheduler takes the machine back, a question to ask."""
+    received = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    try:
+        yield received.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
-    has_run = (out / RUN_POINTER).is_file()
-    if has_run and not resume:
-        raise ConfigError(f"{out} holds a run: go on with it (--resume) or name another folder")
-    if resume and not has_run:
-        raise CheckpointError(f"nothing to resume in {out}: it holds no checkpoint")
 
+def _data(data: list[Path], own: Path, mel: "MelConfig", resume: bool) -> Path:
+    """The cache that is given, or the run's own, made from the corpora where it has none yet.
 
-def _training_cache(data: list[Path], own: Path, mel: "MelConfig", resume: bool) -> "TrainingCache":
-    """The cache that is given, or the run's own, made from the corpora where it has none yet."""
+    A cache is moved to its place when it is complete, so one that is there need not be made again.
+    """
     from waveflow.data.cache import MANIFEST_FILE, TrainingCache
 
     for path in data:
@@ -147,37 +140,16 @@ def _training_cache(data: list[Path], own: Path, mel: "MelConfig", resume: bool)
     if caches and len(data) > 1:
         raise ConfigError(f"{caches[0]} is a cache: give one cache, or corpora alone, as --data")
     if caches:
-        return TrainingCache(caches[0])
-    if resume and (own / MANIFEST_FILE).is_file():
+        own = caches[0]
+    elif resume and (own / MANIFEST_FILE).is_file():
         if data:
             note(f"the run goes on with {own}, made from its corpora when it began")
     elif data:
-        _note_report(_prepare(data, own, mel))
+        note_report(make_cache(data, own, mel))
     else:
         raise ConfigError("no training data: give a corpus or a cache with --data")
-    return TrainingCache(own)
-
-
-def _prepare(
-    corpora: list[Path], out: Path, mel: "MelConfig", workers: int | None = None
-) -> "PrepareReport":
-    from waveflow.data.prepare import prepare as prepare_cache
-
-    with counting("preparing") as progress:
-        return prepare_cache(corpora, out, mel, progress, workers)
-
-
-def _amounts(report: "PrepareReport") -> str:
-    return (
-        f"{report.train_clips} clips ({report.train_hours:.2f} hours) for training, "
-        f"{report.val_clips} ({report.val_hours:.2f} hours) for validation"
-    )
-
-
-def _note_report(report: "PrepareReport") -> None:
-    note(f"prepared {_amounts(report)}")
-    for line in (*report.notes, *report.skipped):
-        note(line)
+    TrainingCache(own).verify()
+    return own
 
 
 def _weights(init: str) -> tuple[Path, dict[str, "Tensor"]]:
@@ -199,9 +171,12 @@ def _described(cache: "TrainingCache", init: str | None) -> str:
 
 
 @contextmanager
-def _training_bar(steps: int) -> "Iterator[Callable[[Progress], None]]":
+def _training_bar(steps: int, visible: bool) -> "Iterator[Callable[[Progress], None]]":
     from rich.progress import TextColumn
 
+    if not visible:
+        yield lambda report: None
+        return
     with progress_bar(TextColumn("{task.fields[values]}")) as bar:
         task = bar.add_task("step", total=steps, values="")
         yield lambda report: bar.update(task, completed=report.step, values=_values(report))

@@ -2,13 +2,14 @@
 
 A cache is a folder of `audio.npy` (int16, all clips one after another), `f0.npy` (float32, Hz, one
 value for each whole hop, 0 where unvoiced, clips one after another) and `manifest.json`, which says
-where each clip lies. `waveflow.data.prepare` writes it; reading it needs no audio library.
+where each clip lies; `report.json` beside them says what the recordings were.
+`waveflow.data.prepare` writes it; reading it needs no audio library.
 """
 
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
@@ -20,6 +21,7 @@ from waveflow.errors import DataError
 AUDIO_FILE = "audio.npy"
 F0_FILE = "f0.npy"
 MANIFEST_FILE = "manifest.json"
+REPORT_FILE = "report.json"
 
 _FULL_SCALE = 32768
 
@@ -49,14 +51,13 @@ class F0Settings(_Frozen):
 
 
 class Manifest(_Frozen):
-    """What `manifest.json` holds."""
+    """What `manifest.json` holds. Any mel of this sample rate and hop can be trained from it."""
 
     kind: Literal["waveflow training cache"] = "waveflow training cache"
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     sample_rate: PositiveInt
     hop_length: PositiveInt
     f0: F0Settings
-    mel: dict[str, Any]
     sha256: dict[str, str]
     clips: tuple[CachedClip, ...]
 

@@ -10,7 +10,7 @@ from waveflow.errors import DataError
 Split = Literal["train", "val"]
 
 # Of two files of one id the first suffix wins.
-CORPUS_SUFFIXES = (".wav", ".flac")
+CORPUS_SUFFIXES = (".wav", ".flac", ".aiff", ".aif", ".ogg", ".opus", ".mp3")
 
 VAL_FRACTION = 0.02
 
@@ -26,26 +26,34 @@ class CorpusClip:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus's name (that of its folder) and its clips, in the corpus's own order."""
+    """A corpus on disk.
+
+    Attributes:
+        name: of its folder.
+        clips: in the corpus's own order.
+        ignored: audio files that are no clips, each with the reason.
+    """
 
     name: str
     clips: tuple[CorpusClip, ...]
+    ignored: tuple[tuple[Path, str], ...]
 
 
 def read_corpus(folder: Path) -> Corpus:
     """Lists the clips of a corpus and splits them into training and validation.
 
-    LJSpeech's layout is `metadata.csv` with lines `ID|text|...`, `wavs/ID.wav` or `wavs/ID.flac`,
-    and optionally `val.txt`, the ids to keep out of training, one a line. A folder of audio files
-    without `metadata.csv` is a corpus too; its ids are the files' stems, in sorted order. Without
-    `val.txt` about 2 % of the clips, chosen by a hash of their ids, are for validation.
+    LJSpeech's layout is `metadata.csv` with lines `ID|text|...`, `wavs/ID.wav` (or another kind of
+    audio file), and optionally `val.txt`, the ids to keep out of training, one a line. A folder of
+    audio files without `metadata.csv`, with folders in it or not, is a corpus too; its ids are the
+    files' paths in it without their suffixes, in sorted order. Without `val.txt` about 2 % of the
+    clips, chosen by a hash of their ids, are for validation.
 
     Args:
         folder: the corpus's folder.
 
     Raises:
-        DataError: there is no such folder, it holds no audio, or `metadata.csv` or `val.txt` name
-            clips that are not there.
+        DataError: there is no such folder, it holds no audio or other corpora, or `metadata.csv`
+            or `val.txt` name clips that are not there.
 
     Example:
         >>> corpus = read_corpus(Path("LJSpeech-1.1"))  # doctest: +SKIP
@@ -57,13 +65,16 @@ def read_corpus(folder: Path) -> Corpus:
         raise DataError(f"no such folder: {folder} (expected a corpus with metadata.csv and wavs/)")
     metadata, listed = folder / "metadata.csv", folder / "val.txt"
     audio_folder = folder / "wavs" if (folder / "wavs").is_dir() else folder
-    files = _audio_files(audio_folder)
+    if not metadata.is_file():
+        _check_no_corpora_in(folder)
+    files, ignored = _audio_files(audio_folder)
     if not files:
-        raise DataError(f"no audio in {audio_folder}: expected .wav or .flac files")
+        raise DataError(f"no audio in {audio_folder}: expected {', '.join(CORPUS_SUFFIXES)} files")
     ids = _metadata_ids(metadata, files) if metadata.is_file() else sorted(files)
+    unlisted = [(files[i], "not in metadata.csv") for i in sorted(files.keys() - set(ids))]
     val = _listed_val_ids(listed, ids) if listed.is_file() else val_ids(ids)
     clips = tuple(CorpusClip(i, files[i], "val" if i in val else "train") for i in ids)
-    return Corpus(folder.resolve().name, clips)
+    return Corpus(folder.resolve().name, clips, (*ignored, *unlisted))
 
 
 def val_ids(ids: list[str]) -> set[str]:
@@ -78,18 +89,32 @@ def val_ids(ids: list[str]) -> set[str]:
     return set(ranked[: min(max(chosen, 1), len(ranked) - 1)])
 
 
-def _audio_files(folder: Path) -> dict[str, Path]:
+def _check_no_corpora_in(folder: Path) -> None:
+    """A folder of corpora is not one corpus: their own val.txt would be ignored."""
+    inner = sorted(path.parent.name for path in folder.glob("*/metadata.csv"))
+    if inner:
+        raise DataError(
+            f"{folder} holds {len(inner)} corpora ({', '.join(inner[:3])}"
+            f"{', ...' if len(inner) > 3 else ''}): name each of them instead"
+        )
+
+
+def _audio_files(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
+    """Audio files below a folder by id, and those whose id another one has; no hidden ones."""
     found = [
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in CORPUS_SUFFIXES
-        and path.is_file()
-        and not path.name.startswith(".")
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.suffix.lower() in CORPUS_SUFFIXES and path.is_file()
     ]
     files: dict[str, Path] = {}
-    for path in sorted(found, key=lambda p: (CORPUS_SUFFIXES.index(p.suffix.lower()), p.name)):
-        files.setdefault(path.stem, path)
-    return files
+    ignored = []
+    for path in sorted(found, key=lambda p: (CORPUS_SUFFIXES.index(p.suffix.lower()), p)):
+        if any(part.startswith(".") for part in path.parts):
+            continue
+        first = files.setdefault(path.with_suffix("").as_posix(), folder / path)
+        if first != folder / path:
+            ignored.append((folder / path, f"{first.name} has the same id"))
+    return files, ignored
 
 
 def _metadata_ids(metadata: Path, files: dict[str, Path]) -> list[str]:
@@ -102,7 +127,7 @@ def _metadata_ids(metadata: Path, files: dict[str, Path]) -> list[str]:
     missing = [i for i in ids if i not in files]
     if missing:
         raise DataError(
-            f"{metadata} names {len(missing)} of {len(ids)} clips that have no .wav or .flac file,"
+            f"{metadata} names {len(missing)} of {len(ids)} clips that have no audio file,"
             f" the first is {missing[0]!r}: add the files or remove the lines"
         )
     return ids

@@ -1,67 +1,55 @@
-"""From corpora of audio files to a training cache."""
+"""From corpora of audio files to a training cache, in one process or in many.
 
-import functools
+Each recording becomes a part, a file beside the cache that is there whole or not at all; when all
+are there they are joined. So an interrupted `prepare` goes on where it stopped, and processes that
+share the work need a common disk, and to tell when they are done.
+"""
+
 import os
-import tempfile
+import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.lib import format as npy_format
+from pydantic import ValidationError
 
-from waveflow.audio.io import read_audio, to_int16
+from waveflow.audio.io import atomic_path
 from waveflow.audio.mel import MelConfig
+from waveflow.data.archives import unpack
 from waveflow.data.cache import (
     AUDIO_FILE,
     F0_FILE,
     MANIFEST_FILE,
+    REPORT_FILE,
     CachedClip,
     F0Settings,
     Manifest,
+    TrainingCache,
     file_sha256,
 )
-from waveflow.data.f0 import track_f0
+from waveflow.data.clips import (
+    ClipFacts,
+    ClipTask,
+    Refusal,
+    clip_key,
+    end_with_parent,
+    make_part,
+    read_arrays,
+    read_result,
+)
 from waveflow.data.ljspeech import Corpus, CorpusClip, read_corpus
-from waveflow.errors import AudioError, DataError
+from waveflow.data.report import LeftOut, PrepareReport, make_report
+from waveflow.errors import DataError
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class PrepareReport:
-    """What `prepare` wrote.
-
-    Attributes:
-        train_clips: number of clips for training.
-        val_clips: number of clips kept out of training.
-        train_hours: hours of audio for training.
-        val_hours: hours of audio kept out of training.
-        skipped: one line for each file that was left out, with the reason.
-        notes: what reading did to files (mixed down, resampled), with the number of clips.
-    """
-
-    train_clips: int
-    val_clips: int
-    train_hours: float
-    val_hours: float
-    skipped: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _ReadClip:
-    """A clip as the cache holds it: audio (T,) int16, f0 (T // hop_length,) float32."""
-
-    audio: np.ndarray
-    f0: np.ndarray
-    notes: tuple[str, ...]
 
 
 def prepare(
@@ -70,46 +58,154 @@ def prepare(
     mel: MelConfig,
     progress: Progress | None = None,
     workers: int | None = None,
+    force: bool = False,
+    n_shards: int = 1,
+    wait: Callable[[], int] = lambda: 0,
 ) -> PrepareReport:
     """Reads corpora, resamples them, tracks F0, and writes a training cache.
 
-    The cache is built beside `out` and moved there when it is complete; a cache that is already
-    there is replaced. Its contents do not depend on the number of workers.
+    Recordings that cannot be used are left out and listed. What an earlier call has done, whether
+    it was interrupted or not, is kept for files that have not changed. The cache is replaced when
+    the new one is complete; its contents do not depend on who did the work.
 
     Args:
-        corpora: folders that `read_corpus` understands.
+        corpora: folders that `read_corpus` understands, or archives of such.
         out: the cache's folder.
         mel: its sample rate and hop length decide the cache's.
         progress: called with (clips done, clips in all) after each clip.
         workers: number of processes; None for one per core, 1 for this process alone. As with any
             process pool, a script that uses more than one guards its main part by
             `if __name__ == "__main__"`.
+        force: whether recordings that are done already are done again.
+        n_shards: number of processes that share the work, each on all cores or on `workers`. This
+            is number 0, which joins what the others (`prepare_shard`) have made.
+        wait: called after this process's share; when the others are done too, it returns how many
+            recordings these have kept from before.
 
     Raises:
         DataError: a corpus is wrong, no clip is usable, or `out` is something else than a cache or
             cannot be written.
         ConfigError: pyworld is not installed.
     """
+    job = _open_job(corpora, out, mel, force, is_first=True)
+    with _writing(job.out):
+        kept = job.make_parts(0, n_shards, progress, workers)
+        return _join(job, kept + wait())
+
+
+def prepare_shard(
+    corpora: Sequence[Path],
+    out: Path,
+    mel: MelConfig,
+    shard: tuple[int, int],
+    workers: int | None = None,
+    force: bool = False,
+) -> int:
+    """Does the share (number from 1 on, number of shares) of a `prepare` with as many shards.
+
+    Number 0 calls `prepare`, which joins them. Arguments and errors are as there.
+
+    Returns:
+        How many recordings of the share were done before.
+    """
+    job = _open_job(corpora, out, mel, force, is_first=False)
+    with _writing(job.out):
+        return job.make_parts(*shard, None, workers)
+
+
+class _Source(NamedTuple):
+    """A clip of a corpus, and the name of what becomes of it."""
+
+    corpus: str
+    clip: CorpusClip
+    key: str
+
+
+class _Earlier(NamedTuple):
+    """A cache that is there already, and its clips by their keys."""
+
+    cache: TrainingCache
+    clips: dict[str, tuple[CachedClip, ClipFacts]]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be read, and what of it is done."""
+
+    out: Path
+    mel: MelConfig
+    sources: list[_Source]
+    ignored: list[LeftOut]
+    earlier: _Earlier | None
+    force: bool
+
+    @property
+    def parts(self) -> Path:
+        return self.out.parent / f".{self.out.name}.parts"
+
+    def done(self) -> set[str]:
+        """Keys whose result is there."""
+        if self.force:
+            return set()
+        names = os.listdir(self.parts) if self.parts.is_dir() else []
+        # Those that begin with a dot are being written, or were when a process was killed.
+        found = {name.partition(".")[0] for name in names}
+        return found if self.earlier is None else found | self.earlier.clips.keys()
+
+    def make_parts(
+        self, index: int, n_shards: int, progress: Progress | None, workers: int | None
+    ) -> int:
+        """Does what is not done of the share `index` of `n_shards`; returns how much was done."""
+        share = {source.key: source.clip.path for source in self.sources[index::n_shards]}
+        done = share.keys() & self.done()
+        rate, hop = self.mel.sample_rate, self.mel.hop_length
+        todo = [
+            ClipTask(p, key, self.parts, rate, hop) for key, p in share.items() if key not in done
+        ]
+        self.parts.mkdir(parents=True, exist_ok=True)
+        with closing(_map(make_part, todo, workers or os.cpu_count() or 1)) as results:
+            for count, _ in enumerate(results, start=len(done) + 1):
+                if progress:
+                    progress(count, len(share))
+        return len(done)
+
+    def result(self, key: str) -> ClipFacts | Refusal:
+        """What became of a recording."""
+        if self.earlier is not None and key in self.earlier.clips:
+            return self.earlier.clips[key][1]
+        return read_result(self.parts, key)
+
+    def arrays(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Audio and F0 of a recording that was taken."""
+        if self.earlier is not None and key in self.earlier.clips:
+            clip = self.earlier.clips[key][0]
+            return self.earlier.cache.audio(clip), self.earlier.cache.f0(clip)
+        return read_arrays(self.parts, key)
+
+
+def _open_job(
+    corpora: Sequence[Path], out: Path, mel: MelConfig, force: bool, is_first: bool
+) -> _Job:
     out = Path(out).resolve()
     _check_replaceable(out)
-    folders = [Path(path).resolve() for path in corpora]
-    if not folders:
+    paths = [Path(path).resolve() for path in corpora]
+    if not paths:
         raise DataError("no corpus is given: name at least one folder")
-    if len(set(folders)) < len(folders):
+    if len(set(paths)) < len(paths):
         raise DataError(f"a corpus is given twice: {', '.join(map(str, corpora))}")
-    sources = [read_corpus(path) for path in folders]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-            built = Path(scratch, "built")
-            built.mkdir()
-            report = _build(sources, built, mel, progress, workers or os.cpu_count() or 1)
-            if out.exists():
-                out.rename(Path(scratch, "old"))
-            built.rename(out)
-    except OSError as error:
-        raise DataError(f"cannot write the cache {out}: {error.strerror or error}") from error
-    return report
+    folders = [unpack(path, out.parent, is_first) if path.is_file() else path for path in paths]
+    read = [read_corpus(folder) for folder in folders]
+    settings = F0Settings().model_dump()
+    sources, ignored = [], []
+    for name, corpus in zip(_distinct_names(read, folders), read, strict=True):
+        for clip in corpus.clips:
+            key = clip_key(clip.path, mel.sample_rate, mel.hop_length, settings)
+            sources.append(_Source(name, clip, key))
+        ignored += [
+            LeftOut(file=str(path), corpus=name, reason="ignored", detail=f"{path}: {why}")
+            for path, why in corpus.ignored
+        ]
+    return _Job(out, mel, sources, ignored, None if force else _earlier(out), force)
 
 
 def _check_replaceable(out: Path) -> None:
@@ -118,106 +214,145 @@ def _check_replaceable(out: Path) -> None:
     if not out.is_dir():
         raise DataError(f"{out} is a file: name a folder for the cache")
     names = {path.name for path in out.iterdir()}
-    if names and (MANIFEST_FILE not in names or names - {AUDIO_FILE, F0_FILE, MANIFEST_FILE}):
+    ours = {AUDIO_FILE, F0_FILE, MANIFEST_FILE, REPORT_FILE}
+    if names and (MANIFEST_FILE not in names or names - ours):
         raise DataError(f"{out} holds something else than a training cache: name another folder")
 
 
-def _build(
-    corpora: list[Corpus], folder: Path, mel: MelConfig, progress: Progress | None, workers: int
-) -> PrepareReport:
-    sources = [(corpus.name, clip) for corpus in corpora for clip in corpus.clips]
-    work = functools.partial(_read_clip, sample_rate=mel.sample_rate, hop_length=mel.hop_length)
-    with closing(_ordered_map(work, [clip.path for _, clip in sources], workers)) as results:
-        clips, skipped, notes = _write_arrays(sources, results, folder, progress)
-    if not clips:
-        raise DataError(f"none of {len(sources)} clips is usable, the first: {skipped[0]}")
+def _distinct_names(corpora: list[Corpus], folders: list[Path]) -> list[str]:
+    """The corpora's names; folders of one name get as much of their paths as tells them apart."""
+    names = [corpus.name for corpus in corpora]
+    for length in range(2, max(len(folder.parts) for folder in folders) + 1):
+        count = Counter(names)
+        names = [
+            "/".join(folder.parts[-length:]) if count[name] > 1 else name
+            for name, folder in zip(names, folders, strict=True)
+        ]
+    return names
+
+
+def _earlier(out: Path) -> _Earlier | None:
+    """The cache in `out`, if there is one and it is whole."""
+    try:
+        cache = TrainingCache(out)
+        cache.verify()
+        report = PrepareReport.model_validate_json((out / REPORT_FILE).read_bytes())
+    except (DataError, OSError, ValidationError):
+        return None
+    pairs = zip(cache.manifest.clips, report.clips, strict=False)
+    return _Earlier(cache, {facts.key: (clip, facts) for clip, facts in pairs})
+
+
+@contextmanager
+def _writing(out: Path) -> Generator[None, None, None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot write the cache {out}: {error.strerror or error}") from error
+
+
+def _join(job: _Job, kept: int) -> PrepareReport:
+    """Makes the cache of the parts, and removes them."""
+    chosen, left_out = _choose(job)
+    if not chosen:
+        shutil.rmtree(job.parts)
+        first = left_out[0].detail
+        raise DataError(f"none of {len(job.sources)} clips is usable, the first: {first}")
+    clips = _lay_out(chosen)
+    report = make_report(
+        job.mel.sample_rate, clips, [facts for _, facts in chosen], [*left_out, *job.ignored], kept
+    )
+    if job.earlier is not None and _is_the_same(job.earlier, clips, report):
+        with atomic_path(job.out / REPORT_FILE) as temporary:
+            temporary.write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    else:
+        _write_cache(job, clips, report)
+    shutil.rmtree(job.parts, ignore_errors=True)
+    return report
+
+
+def _choose(job: _Job) -> tuple[list[tuple[_Source, ClipFacts]], list[LeftOut]]:
+    """The clips that make the cache, in their order, and those that do not."""
+    chosen: list[tuple[_Source, ClipFacts]] = []
+    left_out = []
+    first_of: dict[str, str] = {}
+    for source in job.sources:
+        result, file = job.result(source.key), str(source.clip.path)
+        if isinstance(result, ClipFacts):
+            first = first_of.get(result.sha256)
+            if first is None:
+                first_of[result.sha256] = file
+                chosen.append((source, result))
+                continue
+            result = Refusal(reason="duplicate", detail=f"{file} has the same audio as {first}")
+        left_out.append(
+            LeftOut(file=file, corpus=source.corpus, reason=result.reason, detail=result.detail)
+        )
+    return chosen, left_out
+
+
+def _lay_out(chosen: list[tuple[_Source, ClipFacts]]) -> list[CachedClip]:
+    clips = []
+    sample_offset = frame_offset = 0
+    for source, facts in chosen:
+        clips.append(
+            CachedClip(
+                id=source.clip.id,
+                corpus=source.corpus,
+                split=source.clip.split,
+                sample_offset=sample_offset,
+                samples=facts.samples,
+                frame_offset=frame_offset,
+                frames=facts.frames,
+            )
+        )
+        sample_offset += facts.samples
+        frame_offset += facts.frames
+    return clips
+
+
+def _is_the_same(earlier: _Earlier, clips: list[CachedClip], report: PrepareReport) -> bool:
+    """Whether the cache that is there is the one that would be written."""
+    keys = list(earlier.clips)
+    return list(earlier.cache.manifest.clips) == clips and keys == [f.key for f in report.clips]
+
+
+def _write_cache(job: _Job, clips: list[CachedClip], report: PrepareReport) -> None:
+    built, replaced = job.parts / "built", job.parts / "replaced"
+    for folder in (built, replaced):
+        shutil.rmtree(folder, ignore_errors=True)
+    built.mkdir()
+    with (
+        _GrowingArray(built / AUDIO_FILE, np.dtype(np.int16)) as audio,
+        _GrowingArray(built / F0_FILE, np.dtype(np.float32)) as f0,
+    ):
+        for facts in report.clips:
+            for array, piece in zip((audio, f0), job.arrays(facts.key), strict=True):
+                array.append(piece)
     manifest = Manifest(
-        sample_rate=mel.sample_rate,
-        hop_length=mel.hop_length,
+        sample_rate=job.mel.sample_rate,
+        hop_length=job.mel.hop_length,
         f0=F0Settings(),
-        mel=mel.model_dump(mode="json"),
-        sha256={name: file_sha256(folder / name) for name in (AUDIO_FILE, F0_FILE)},
+        sha256={name: file_sha256(built / name) for name in (AUDIO_FILE, F0_FILE)},
         clips=tuple(clips),
     )
-    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-    return _report(manifest, skipped, notes)
+    for name, content in ((MANIFEST_FILE, manifest), (REPORT_FILE, report)):
+        (built / name).write_text(content.model_dump_json(indent=1), encoding="utf-8")
+    if job.out.exists():
+        job.out.rename(replaced)
+    built.rename(job.out)
 
 
-def _write_arrays(
-    sources: list[tuple[str, CorpusClip]],
-    results: Iterable[_ReadClip | str],
-    folder: Path,
-    progress: Progress | None,
-) -> tuple[list[CachedClip], list[str], Counter[str]]:
-    """Writes clips as they come; returns where they lie, what was left out, and reading's notes."""
-    clips: list[CachedClip] = []
-    skipped: list[str] = []
-    notes: Counter[str] = Counter()
-    with (
-        _GrowingArray(folder / AUDIO_FILE, np.dtype(np.int16)) as audio,
-        _GrowingArray(folder / F0_FILE, np.dtype(np.float32)) as f0,
-    ):
-        for (corpus, source), result in zip(sources, results, strict=True):
-            if isinstance(result, str):
-                skipped.append(result)
-            else:
-                clips.append(
-                    CachedClip(
-                        id=source.id,
-                        corpus=corpus,
-                        split=source.split,
-                        sample_offset=audio.length,
-                        samples=len(result.audio),
-                        frame_offset=f0.length,
-                        frames=len(result.f0),
-                    )
-                )
-                audio.append(result.audio)
-                f0.append(result.f0)
-                notes.update(result.notes)
-            if progress:
-                progress(len(clips) + len(skipped), len(sources))
-    return clips, skipped, notes
-
-
-def _report(manifest: Manifest, skipped: list[str], notes: Counter[str]) -> PrepareReport:
-    samples = {"train": 0, "val": 0}
-    for clip in manifest.clips:
-        samples[clip.split] += clip.samples
-    count = Counter(clip.split for clip in manifest.clips)
-    return PrepareReport(
-        train_clips=count["train"],
-        val_clips=count["val"],
-        train_hours=samples["train"] / manifest.sample_rate / 3600,
-        val_hours=samples["val"] / manifest.sample_rate / 3600,
-        skipped=tuple(skipped),
-        notes=tuple(
-            f"{note} ({number} of {len(manifest.clips)} clips)" for note, number in notes.items()
-        ),
-    )
-
-
-def _read_clip(path: Path, sample_rate: int, hop_length: int) -> _ReadClip | str:
-    """Reads a clip; a string says why it cannot be used."""
-    try:
-        audio, _, notes = read_audio(path, sample_rate)
-    except AudioError as error:
-        return str(error)
-    if len(audio) < hop_length:
-        return f"{path} is shorter than one hop: {len(audio)} of {hop_length} samples"
-    f0 = track_f0(audio, sample_rate, hop_length)
-    return _ReadClip(to_int16(audio), f0, tuple(notes))
-
-
-def _ordered_map(
-    work: Callable[[Path], _ReadClip | str], paths: list[Path], workers: int
-) -> Generator[_ReadClip | str, None, None]:
-    if workers == 1:
-        yield from map(work, paths)
+def _map(
+    work: Callable[[ClipTask], None], tasks: list[ClipTask], workers: int
+) -> Generator[None, None, None]:
+    if workers == 1 or len(tasks) < 2:
+        yield from map(work, tasks)
         return
     # A forked child of a process whose thread pools have run (torch's) can hang; spawn cannot.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(work, paths)
+    n_workers, context = min(workers, len(tasks)), get_context("spawn")
+    with ProcessPoolExecutor(n_workers, context, initializer=end_with_parent) as pool:
+        yield from pool.map(work, tasks)
 
 
 class _GrowingArray:

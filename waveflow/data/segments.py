@@ -14,7 +14,7 @@ from waveflow.errors import ConfigError, DataError
 
 
 class Batch(NamedTuple):
-    """A training batch.
+    """A training batch, or the items of it that one process has.
 
     Attributes:
         audio: (B, (segment_frames + 2 * margin_frames) * hop_length) float32 in [-1, 1].
@@ -45,6 +45,7 @@ class SegmentSampler:
         seed: makes one sequence of batches differ from another.
         gain_range: lowest and highest gain, drawn log-uniformly; an item whose peak would pass 1
             gets the gain that takes it to 1.
+        items: those of the batch that are wanted, of several processes that draw it together.
 
     Raises:
         DataError: the cache has no training clips, or another sample rate or hop length.
@@ -64,6 +65,7 @@ class SegmentSampler:
         mel_config: MelConfig,
         seed: int,
         gain_range: tuple[float, float] = (1.0, 1.0),
+        items: slice = slice(None),
     ) -> None:
         if segment_frames < 1 or batch_size < 1:
             raise ConfigError(
@@ -85,6 +87,7 @@ class SegmentSampler:
         self._batch_size = batch_size
         self._margin_frames = mel_config.margin_frames
         self._seed = seed
+        self._items = items
         self._log_gain_range = (math.log(gain_range[0]), math.log(gain_range[1]))
         self._end_frames = np.cumsum([clip.frames for clip in self._clips])
 
@@ -103,9 +106,12 @@ class SegmentSampler:
 
         hop = self._cache.hop_length
         length = (self._segment_frames + 2 * self._margin_frames) * hop
-        audio = rng.random((self._batch_size, length), dtype=np.float32)
+        first_item, stop, _ = self._items.indices(self._batch_size)
+        clips, positions, gains = clips[self._items], positions[self._items], gains[self._items]
+        # A generator cannot leave out the noise of the items before.
+        audio = rng.random((stop, length), dtype=np.float32)[first_item:]
         audio -= 0.5
-        f0 = np.zeros((self._batch_size, self._segment_frames), np.float32)
+        f0 = np.zeros((len(audio), self._segment_frames), np.float32)
         for item, (index, position) in enumerate(zip(clips, positions, strict=True)):
             clip = self._clips[index]
             start = int(position * (max(clip.frames - self._segment_frames, 0) + 1))
