@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from waveflow.bijections.base import Bijection, Condition
+from waveflow.bijections.reversible import Reversible
 from waveflow.distributions import draw_noise, standard_normal_log_prob
 
 
@@ -50,6 +51,10 @@ class Flow(nn.Module):
             channels positions.
         channels: C of the squeezed signal and of z.
         hop_length: audio samples for each mel frame, a multiple of `channels`.
+
+    Attributes:
+        reversible: whether training rebuilds activations instead of keeping them; no part of
+            the model, off at first.
     """
 
     def __init__(
@@ -60,6 +65,12 @@ class Flow(nn.Module):
         self.conditioner = conditioner
         self.channels = channels
         self.hop_length = hop_length
+        self.reversible = False
+
+    @property
+    def transform(self) -> Bijection:
+        """The bijection, as training runs it (`reversible`)."""
+        return Reversible(self.bijection) if self.reversible else self.bijection
 
     @property
     def context(self) -> tuple[int, int]:
@@ -93,7 +104,7 @@ class Flow(nn.Module):
 
     def log_prob(self, audio: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         """Log-likelihood (B,) and z (B, C, L) of audio (B, T) under a condition."""
-        z, log_det = self.bijection(audio[:, None], cond)
+        z, log_det = self.transform(audio[:, None], cond)
         log_prob = standard_normal_log_prob(z, cond.mask) + log_det
         n_samples: Tensor | int = audio.shape[1]
         if cond.mask is not None:

@@ -1,6 +1,7 @@
 """ActNorm: a scale and a shift for each channel, started from data."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from waveflow.bijections.base import Bijection, Condition, sum_log_det
@@ -10,7 +11,8 @@ class ActNorm(Bijection):
     """z = (x + b) exp(s) for each channel; log-determinant L sum(s).
 
     The first batch in training mode sets b and s so that its z has mean 0 and variance 1
-    (Kingma, Dhariwal 2018, section 3.1). That it happened is a saved buffer.
+    (Kingma, Dhariwal 2018, section 3.1). That it happened is a saved buffer. Where a batch is
+    spread over processes, it is all of it that has this mean and variance.
     """
 
     initialized: Tensor
@@ -40,9 +42,16 @@ class ActNorm(Bijection):
         weight = torch.ones_like(x[:, :1])
         if cond is not None and cond.mask is not None:
             weight = cond.mask.to(x.dtype)
-        total = weight.sum()
-        mean = (x * weight).sum((0, 2)) / total
-        variance = ((x - mean[:, None]).square() * weight).sum((0, 2)) / total
+        total = _all_sum(weight.sum())
+        mean = _all_sum((x * weight).sum((0, 2))) / total
+        variance = _all_sum(((x - mean[:, None]).square() * weight).sum((0, 2))) / total
         self.shift.copy_(-mean)
         self.log_scale.copy_(-0.5 * variance.clamp_min(1e-8).log())
         self.initialized.fill_(True)
+
+
+def _all_sum(values: Tensor) -> Tensor:
+    """The sum over the processes of a training, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values

@@ -1,10 +1,10 @@
-"""Composition: Chain and Inverse."""
+"""Composition: steps one after another."""
 
 from typing import cast
 
 from torch import Tensor, nn
 
-from waveflow.bijections.base import Bijection, Condition, zero_log_det
+from waveflow.bijections.base import Bijection, Condition, Step, zero_log_det
 
 
 class Chain(Bijection):
@@ -31,16 +31,6 @@ class Chain(Bijection):
             log_det = log_det + step_log_det
         return z, log_det
 
-
-class Inverse(Bijection):
-    """A bijection run the other way: IAF is `Inverse(MAF)`."""
-
-    def __init__(self, bijection: Bijection) -> None:
-        super().__init__()
-        self.bijection = bijection
-
-    def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        return self.bijection.inverse(x, cond)
-
-    def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        return self.bijection(z, cond)
+    def unroll(self, cond: Condition | None) -> list[Step]:
+        steps = [cast(Bijection, step).unroll(cond) for step in self.steps]
+        return [step for inner in steps for step in inner]

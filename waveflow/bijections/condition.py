@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from waveflow.bijections.base import Bijection, Condition
+from waveflow.bijections.base import Bijection, Condition, Step
 from waveflow.bijections.squeeze import squeeze
 
 
@@ -24,6 +24,9 @@ class MapCond(Bijection):
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         return self.bijection.inverse(z, self._view(cond))
+
+    def unroll(self, cond: Condition | None) -> list[Step]:
+        return self.bijection.unroll(self._view(cond))
 
     def _view(self, cond: Condition | None) -> Condition | None:
         return None if cond is None else self.network(cond)

@@ -5,8 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from waveflow.bijections.base import Bijection, Condition, sum_log_det
-from waveflow.bijections.elementwise import ElementwiseMap
+from waveflow.bijections.base import Bijection, Condition, Rebuilt, sum_log_det
+from waveflow.bijections.elementwise import ElementwiseMap, InverseMap
 
 
 class Split(Protocol):
@@ -87,6 +87,21 @@ class Coupling(Bijection):
         passive, active = self.split.split(z)
         active, log_det = self.map.inverse(active, self._params(passive, cond))
         return self.split.merge(passive, active), sum_log_det(log_det, cond)
+
+    def opposite(self) -> Bijection:
+        return Coupling(self.network, InverseMap(self.map), self.split)
+
+    def rebuild(self, z: Tensor, cond: Condition | None = None) -> Rebuilt:
+        """One evaluation of the network serves both: the passive part is the same before."""
+        passive, active = (part.detach() for part in self.split.split(z))
+        passive.requires_grad_()
+        with torch.enable_grad():
+            params = self._params(passive, cond)
+            active = self.map.inverse(active, params.detach())[0].requires_grad_()
+            mapped, log_det = self.map.forward(active, params)
+            z = self.split.merge(passive, mapped)
+            log_det = sum_log_det(log_det, cond)
+        return Rebuilt((passive, active), self.split.merge, z, log_det)
 
     def _params(self, passive: Tensor, cond: Condition | None) -> Tensor:
         features, mask = (None, None) if cond is None else cond

@@ -20,6 +20,20 @@ class ElementwiseMap(Protocol):
     def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+class InverseMap:
+    """A map run the other way."""
+
+    def __init__(self, map: ElementwiseMap) -> None:
+        self.map = map
+        self.n_params = map.n_params
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return self.map.inverse(x, params)
+
+    def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return self.map.forward(z, params)
+
+
 class Additive:
     """z = x + shift: volume is kept (NICE, Dinh et al. 2015, equation 9)."""
 

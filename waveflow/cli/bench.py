@@ -1,7 +1,6 @@
 """`waveflow bench`: how fast models are here, on every path that can run them."""
 
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,17 +11,8 @@ from waveflow.cli.console import counting, note
 from waveflow.errors import ConfigError
 
 if TYPE_CHECKING:
-    from waveflow.engine.benchmark import Contenders
-    from waveflow.engine.figures import Benchmark, Settings
-
-
-class Precision(StrEnum):
-    """Values of `waveflow.engine.decoder.Precision`, which --help must not import."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    int8 = "int8"
+    from waveflow.bench.benchmark import Contenders
+    from waveflow.bench.figures import Benchmark, Settings
 
 
 def bench(
@@ -37,14 +27,16 @@ def bench(
         ),
     ] = None,
     precision: Annotated[
-        list[Precision] | None,
+        list[options.PrecisionName] | None,
         typer.Option("--precision", help="Of the engine; may be repeated. Without it: float32."),
     ] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Also measure torch.compile, in each precision.")
     ] = False,
     device: options.Device = "cpu",
-    threads: Annotated[int, typer.Option("--threads", min=1, metavar="N", help="CPU threads.")] = 1,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, max=1024, metavar="N", help="CPU threads.")
+    ] = 1,
     batch: Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Items in a call.")] = 1,
     seconds: Annotated[
         list[float] | None,
@@ -82,6 +74,13 @@ def bench(
     profile: Annotated[
         bool, typer.Option("--profile", help="Also show where each path spends its time.")
     ] = False,
+    training: Annotated[
+        bool,
+        typer.Option(
+            "--training",
+            help="Measure instead a WaveGlow's training step, activations kept or rebuilt.",
+        ),
+    ] = False,
 ) -> None:
     """Measures speed, memory and latency of models here, all in one run.
 
@@ -90,14 +89,16 @@ def bench(
     reversed order every second round. Ratios are medians (quartiles) over rounds, to
     the plain path; with one thread, of CPU time. "share" is of the rate of matrix
     products in the same precision and run, "SNR" against the plain path with the same
-    noise, "MB" the growth of the peak in a fresh process, "first" the mel that a
-    stream needs and the work until its first audio. No gradients are kept.
+    noise, "MB" the growth of the peak in a fresh process, "first audio" the seconds of
+    mel that a stream needs and of work until its first audio, "ready" those of making a
+    path and of its first call. No gradients are kept.
 
     \b
     Examples:
       waveflow bench
       waveflow bench waveglow-256 --precision float32 --precision int8 --seconds 4
       waveflow bench runs/x --data recordings/ --json figures.json
+      waveflow bench waveglow-256 --training --device cuda --batch 3
     """
     # Before torch is imported, for libraries that read it once; the profiler's log is noise.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
@@ -107,12 +108,25 @@ def bench(
             options.check_writable(path)
     if picture is not None:
         _check_picture(picture)
+    if options.PrecisionName.auto in (precision or ()):
+        raise ConfigError("--precision auto: give those to be measured, such as float32 and int8")
+    options.set_threads(threads)
     options.check_device(device)
+    if training:
+        if precision or compile or data or picture or profile:
+            raise ConfigError(
+                "--training goes with --device, --threads, --batch, --seconds, --runs and --json "
+                "alone: leave out what else was given"
+            )
+        from waveflow.cli.bench_training import bench_training
 
-    from waveflow.audio.io import atomic_path
+        bench_training(models or (), device, batch, seconds or (), runs, json_file)
+        return
+
+    from waveflow.bench.benchmark import prepare_contenders
+    from waveflow.bench.figures import Settings
     from waveflow.cli.bench_report import draw, print_benchmark
-    from waveflow.engine.benchmark import prepare_contenders
-    from waveflow.engine.figures import Settings
+    from waveflow.files import atomic_path
 
     chosen = {
         "models": tuple(models or ()),
@@ -140,9 +154,9 @@ def _measured(
     settings: "Settings", contenders: "Contenders", data: Path | None, profile: bool
 ) -> "Benchmark":
     """Quality first, so that what is missing for it is found before the long work."""
-    from waveflow.engine.benchmark import benchmark
-    from waveflow.engine.profiling import profile as profiled
-    from waveflow.engine.quality import measure_quality, read_clips
+    from waveflow.bench.benchmark import benchmark
+    from waveflow.bench.profiling import profile as profiled
+    from waveflow.bench.quality import measure_quality, read_clips
 
     quality = []
     if data is not None:

@@ -1,10 +1,11 @@
 """Recipes: everything that decides a training run, as small TOML files."""
 
+import json
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from waveflow.audio.mel import MEL_PRESETS, MelConfig
 from waveflow.checkpoint import SynthesisConfig, first_problem
@@ -18,6 +19,8 @@ class TrainConfig(BaseModel):
     Attributes:
         steps: optimizer steps in all.
         batch_size, segment_frames: items of a step and their length in mel frames.
+        accumulate: parts into which a step's batch is cut, one after another in memory; the
+            gradient is that of the whole batch.
         gain_range: random gain of each item, log-uniform.
         likelihood_weight: of -log p, in nats per audio sample.
         energy_weight: of the spectral energy distance of two draws; 0 leaves it out.
@@ -29,7 +32,16 @@ class TrainConfig(BaseModel):
         ema_decay: of the running mean of the weights that is validated and shipped.
         seed: of initial weights, data order and noise.
         validate_every, checkpoint_every: in steps.
+        patience: the run ends after so many validations without a better likelihood; 0: never.
+            Validations compare the same clips under the same noise, so the interval of one
+            validation, which is about other clips, is no measure of what better means.
         precision: of the networks' matrix products; bijections stay in float32.
+        reversible: whether activations are rebuilt in the backward pass instead of kept, in a
+            memory that does not grow with the number of flows, for 4/3 of the time; "auto": where
+            they would else fill more than half of the device's memory; "checked": true, and each
+            step logs the input that was rebuilt worst, for finding faults.
+        compile: whether torch.compile fuses the couplings' networks; the first steps then wait
+            for a compiler.
         threads: of torch on a CPU.
     """
 
@@ -38,6 +50,7 @@ class TrainConfig(BaseModel):
     steps: int = Field(default=200_000, gt=0)
     batch_size: int = Field(default=8, gt=0)
     segment_frames: int = Field(default=64, ge=8)
+    accumulate: int = Field(default=1, gt=0)
     gain_range: tuple[float, float] = (0.5, 4.0)
     likelihood_weight: float = Field(default=1.0, ge=0)
     energy_weight: float = Field(default=0.0, ge=0)
@@ -52,8 +65,30 @@ class TrainConfig(BaseModel):
     seed: int = 0
     validate_every: int = Field(default=1000, gt=0)
     checkpoint_every: int = Field(default=500, gt=0)
+    patience: int = Field(default=0, ge=0)
     precision: Literal["float32", "bf16"] = "float32"
+    reversible: bool | Literal["auto", "checked"] = "auto"
+    compile: bool = False
     threads: int = Field(default=1, gt=0)
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_half(cls, value: object) -> object:
+        if value in ("fp16", "float16", "half", "16-mixed"):
+            raise ValueError(
+                "fp16 is not offered: its range needs a scaled loss, and the scale of a run that "
+                'meets infinities falls until nothing is learnt; use "bf16" or "float32"'
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _parts_hold_items(self) -> Self:
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate {self.accumulate} parts of batch_size {self.batch_size}: each needs "
+                "an item"
+            )
+        return self
 
 
 class Recipe(BaseModel):
@@ -77,17 +112,18 @@ class Recipe(BaseModel):
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe file.
+    """A recipe file: TOML, or the recipe.json that a run keeps.
 
     Raises:
-        ConfigError: missing, not TOML, or a field that is unknown or out of range.
+        ConfigError: missing, not TOML or JSON, or a field that is unknown or out of range.
     """
+    kind, parse = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not TOML: {error}") from error
+    except ValueError as error:  # both parsers' errors and that of the encoding are one
+        raise ConfigError(f"recipe {path} is not {kind}: {error}") from error
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:

@@ -11,6 +11,7 @@ from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.audio.stft import overlap_add
 from waveflow.bijections.base import record_log_dets
 from waveflow.flow import Flow
+from waveflow.training.distributed import Share
 
 WINDOWS = (128, 256, 512, 1024, 2048)
 LOG_FLOOR = 1e-4
@@ -39,21 +40,29 @@ class SpectralDistance(nn.Module):
         super().__init__()
         self.mel = MelSpectrogram(mel)
 
-    def energy_distance(self, speech: Tensor, draws: Tensor) -> Tensor:
+    @torch.no_grad()
+    def levels(self, speech: Tensor) -> Tensor:
+        """mean S_w(x) of speech (B, T), for each window (5,)."""
+        return torch.stack([_Magnitudes.apply(speech, window).mean() for window in WINDOWS])
+
+    def energy_distance(
+        self, speech: Tensor, draws: Tensor, levels: Tensor | None = None
+    ) -> Tensor:
         """[d(x, x') + d(x, x'') - d(x', x'')] / 2 (Gritsenko et al. 2020, equation 6).
 
         Args:
             speech: x (B, T).
             draws: x' and x'' of the same mels, (2 B, T).
+            levels: `levels` of the whole batch, where `speech` is a part of it.
 
         Returns:
             A scalar whose expectation is least where draws are distributed as speech is.
         """
         both = torch.cat([speech, draws])
         total = torch.zeros((), device=speech.device)
-        for window in WINDOWS:
+        for index, window in enumerate(WINDOWS):
             linear = _Magnitudes.apply(both, window)
-            level = linear[: len(speech)].detach().mean()
+            level = linear[: len(speech)].detach().mean() if levels is None else levels[index]
             total = total + _energy(linear / level, _l1) / 9
             total = total + _energy(linear.clamp_min(LOG_FLOOR).log(), _frame_rms) / 9
         return total + 4 / 3 * _energy(self.mel(both), _l1)
@@ -67,6 +76,8 @@ def objectives(
     energy: bool,
     calibration: bool,
     precision: Literal["float32", "bf16"] = "float32",
+    share: Share | None = None,
+    levels: Tensor | None = None,
 ) -> Objectives:
     """The terms for speech (B, T) and its mel (B, M, F), T = F hop_length.
 
@@ -74,19 +85,28 @@ def objectives(
     mean over frames of relu(V(speech) - V(draw)), V the log-volume dx/dz, in nats per audio
     sample, of the steps along each path: it keeps draws as likely as speech, where the energy
     distance, which sees magnitudes only, would let their phase collapse.
+
+    Where the speech is a share of a batch, the terms of all shares, weighted by their sizes, add
+    up to those of the batch, given the `levels` of the batch's speech: each draws the random
+    numbers of the whole batch from torch's generator and takes its own.
     """
+    share = share or Share(0, len(audio), len(audio))
+    start = None
+    if flow.training:
+        start = share.of(torch.rand(share.total, device=audio.device)).double()
     autocast = torch.autocast(audio.device.type, torch.bfloat16, enabled=precision == "bf16")
     with autocast, record_log_dets() as speech_path:
-        cond = flow.condition(mel)
+        cond = flow.condition(mel, start=start)
         log_prob, _ = flow.log_prob(audio, cond)
     nll = -log_prob.mean()
     if not (energy or calibration):
         return Objectives(nll, None, None)
     n_positions = audio.shape[1] // flow.channels
-    noise = torch.randn(2 * len(audio), n_positions, flow.channels, device=audio.device)
+    noise = torch.randn(2, share.total, n_positions, flow.channels, device=audio.device)
+    noise = share.of(noise, axis=1).flatten(0, 1)
     with autocast, record_log_dets() as draw_path:
-        draws, _ = flow.bijection.inverse(noise.transpose(1, 2), cond.repeat(2))
-    distance = spectral.energy_distance(audio, draws[:, 0]) if energy else None
+        draws, _ = flow.transform.inverse(noise.transpose(1, 2), cond.repeat(2))
+    distance = spectral.energy_distance(audio, draws[:, 0], levels) if energy else None
     gap = None
     if calibration:
         speech_volume = -torch.stack(speech_path).sum(0) / flow.channels
