@@ -23,7 +23,16 @@ LEVELS = [
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 STRANGERS = [("bijections", "nn"), ("nn", "bijections"), ("engine", "training")]
-OPTIONAL = {"pyworld", "pesq", "pystoi", "speechmos", "tensorboard", "matplotlib", "distillmos"}
+OPTIONAL = {
+    "pyworld",
+    "pesq",
+    "pystoi",
+    "speechmos",
+    "tensorboard",
+    "matplotlib",
+    "distillmos",
+    "wandb",
+}
 CODE_IN_DATA = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
