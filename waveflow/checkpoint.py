@@ -142,6 +142,14 @@ def _exchange(new: Path, folder: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_checkpoint(folder: Path) -> None:
+    """Removes a checkpoint folder; a half-removed one has no checkpoint's name."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(folder, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def manifest_bytes(hashes: dict[str, str]) -> bytes:
     """The manifest of files with these SHA-256 hashes, the only spelling of it that is read."""
     return (json.dumps({"format": FORMAT, "sha256": hashes}, indent=1) + "\n").encode()
@@ -197,6 +205,11 @@ def resolve_run(folder: Path, which: str) -> Path:
     if not isinstance(name, str) or Path(name).name != name:
         raise CheckpointError(f"{pointer} names no {which} checkpoint")
     return folder / name
+
+
+def run_checkpoints(run: Path) -> list[Path]:
+    """All checkpoints of a run folder, whole or not, the newest first."""
+    return sorted(run.glob("step-*"), reverse=True)
 
 
 def parse_config(data: bytes, path: Path) -> ModelConfig:

@@ -126,11 +126,12 @@ def merge(shares: Sequence[Sequence[T]]) -> list[T]:
 
 
 def _connect() -> "Store":
-    from torch.distributed import rendezvous
+    from torch.distributed import PrefixStore, rendezvous
 
     with _reached():
         store, _, _ = next(rendezvous("env://"))
-    return store
+    # torchrun keeps one store for all its attempts: what the dead counted there must not count.
+    return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _send(store: "Store", key: str, text: str) -> None:

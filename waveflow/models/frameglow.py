@@ -138,8 +138,8 @@ class FrameConditioner(Conditioner):
                 logits, voicing = self.pitch(x, mask_l1)
                 f0 = _hold_last(self.pitch.f0_hz(logits), mask)
                 # In training the phase of the source's start is random: none is to be learnt.
-                anchor = 0 if start is None else self.anchor
-                if self.training:
+                anchor = 0 if start is None or self.training else self.anchor
+                if start is None and self.training:
                     start = torch.rand(len(f0), device=f0.device).double()
                 pulses = self.source(f0, start, anchor)[:, None]
             edges = Condition(mel, mask)
@@ -157,9 +157,9 @@ class FrameConditioner(Conditioner):
             logits, _ = self.pitch(self.normalise(mel), mask_l1)
             return self.source.cycles(_hold_last(self.pitch.f0_hz(logits), mask))
 
-    def pitch_loss(self, mel: Tensor, f0: Tensor) -> Tensor:
-        """The pitch head's loss for mels (B, M, F) and a tracker's F0 (B, F), 0 = unvoiced."""
-        return self.pitch.loss(self.normalise(mel), f0)
+    def pitch_loss(self, mel: Tensor, f0: Tensor, n_voiced: Tensor | None = None) -> Tensor:
+        """`PitchHead.loss` for mels (B, M, F) and a tracker's F0 (B, F)."""
+        return self.pitch.loss(self.normalise(mel), f0, n_voiced)
 
     @staticmethod
     def normalise(mel: Tensor) -> Tensor:

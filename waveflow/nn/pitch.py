@@ -42,8 +42,13 @@ class PitchHead(nn.Module):
         cents = (weights * near).sum(-1) * CENTS_PER_CLASS
         return (LOWEST_HZ * torch.exp2(cents / 1200)).to(logits.dtype)
 
-    def loss(self, mel: Tensor, f0: Tensor) -> Tensor:
-        """Cross-entropy of class and voicing against a tracker's F0 (B, L), 0 = unvoiced."""
+    def loss(self, mel: Tensor, f0: Tensor, n_voiced: Tensor | None = None) -> Tensor:
+        """Cross-entropy of class and voicing against a tracker's F0 (B, L), 0 = unvoiced.
+
+        That of the class is a mean over voiced frames. Where a batch is spread over processes,
+        `n_voiced` is the mean number of them in as many items of the whole batch; then these
+        losses, weighted by items, add up to that of the batch.
+        """
         logits, voicing = self(mel)
         voiced = (f0 > 0).to(mel.dtype)
         cents = 1200 * torch.log2(f0.clamp_min(LOWEST_HZ) / LOWEST_HZ)
@@ -51,5 +56,6 @@ class PitchHead(nn.Module):
         target = torch.exp(-0.5 * (distance / CENTS_PER_CLASS).square())
         target = target / target.sum(-1, keepdim=True).clamp_min(1e-6)
         pitch = -(target * logits.log_softmax(-1)).sum(-1)
-        pitch = (pitch * voiced).sum() / voiced.sum().clamp_min(1)
+        n_voiced = voiced.sum() if n_voiced is None else n_voiced
+        pitch = (pitch * voiced).sum() / n_voiced.clamp_min(1)
         return pitch + F.binary_cross_entropy_with_logits(voicing, voiced)

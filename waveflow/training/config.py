@@ -40,8 +40,8 @@ class TrainConfig(BaseModel):
             memory that does not grow with the number of flows, for 4/3 of the time; "auto": where
             they would else fill more than half of the device's memory; "checked": true, and each
             step logs the input that was rebuilt worst, for finding faults.
-        compile: whether torch.compile fuses the couplings' networks; the first steps then wait
-            for a compiler.
+        compile: whether torch.compile fuses the couplings' networks. The first steps wait minutes
+            for a compiler; a CPU gains 1 to 3 %.
         threads: of torch on a CPU.
     """
 

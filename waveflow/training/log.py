@@ -1,57 +1,181 @@
-"""What a run writes down of itself."""
+"""What a run writes down of itself while it goes on."""
 
 import csv
 import logging
+import os
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from waveflow.audio.mel import MelSpectrogram
+from waveflow.data.cache import file_sha256
+from waveflow.errors import ConfigError
+from waveflow.training.record import RUN_RECORD
+from waveflow.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+# Names a project of Weights & Biases; its own variables (WANDB_MODE, ...) hold beside.
+WANDB_SWITCH = "WAVEFLOW_WANDB"
+
+
+class Board(Protocol):
+    """Where curves, sounds and pictures go beside metrics.csv."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+
+    def audio(self, step: int, name: str, audio: Tensor, sample_rate: int) -> None: ...
+
+    def picture(self, step: int, name: str, image: Tensor) -> None: ...
+
+    def close(self) -> None: ...
+
 
 class MetricsLog:
-    """metrics.csv of a run always, and TensorBoard where it is installed.
+    """metrics.csv of a run always; TensorBoard where it is installed; Weights & Biases on demand.
 
     Args:
         out: the run's folder.
         step: that the run is at. A resumed run repeats the steps after its last checkpoint, and
             metrics.csv has their rows twice, the same on a CPU.
+
+    Raises:
+        ConfigError: Weights & Biases is asked for and not installed.
     """
 
     def __init__(self, out: Path, step: int) -> None:
         self.path = out / "metrics.csv"
         self.folder = out
         self.step = step
+        self.boards: list[Board] = []
+        self.spoken = False  # the speech is the same each time
 
     def __enter__(self) -> "MetricsLog":
+        tensorboard = _tensorboard(self.folder, self.step)
+        if tensorboard is None:
+            logger.info("tensorboard is not installed: metrics go to %s alone", self.path)
+        else:
+            self.boards.append(tensorboard)
+        if project := os.environ.get(WANDB_SWITCH):
+            self.boards.append(_WandbBoard(self.folder, project))
         self.file = open(self.path, "a", newline="")
         self.writer = csv.writer(self.file)
         if not self.file.tell():
             self.writer.writerow(["kind", "step", "minutes", "name", "value"])
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            logger.info("tensorboard is not installed: metrics go to %s alone", self.path)
-            self.board = None
-        else:
-            # Curves of steps that a killed run had made after its last checkpoint are dropped.
-            self.board = SummaryWriter(str(self.folder), purge_step=self.step)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for board in self.boards:
+            board.close()
 
     def add(self, kind: str, step: int, minutes: float, values: dict[str, float]) -> None:
         """Appends rows of kind, step, minutes, name, value."""
         for name, value in values.items():
             self.writer.writerow([kind, step, f"{minutes:.3f}", name, f"{value:.6g}"])
-            if self.board is not None:
-                self.board.add_scalar(f"{kind}/{name}", value, step)
         self.file.flush()
+        for board in self.boards:
+            board.scalars(step, {f"{kind}/{name}": value for name, value in values.items()})
 
-    def add_audio(self, step: int, audio: Tensor, sample_rate: int) -> None:
-        """A draw (T,) for TensorBoard."""
-        if self.board is not None:
-            self.board.add_audio("draw", audio[None].clamp(-1, 1), step, sample_rate)
+    def add_validation(
+        self, step: int, minutes: float, result: Validation, mel: MelSpectrogram
+    ) -> None:
+        """Rows of its figures; its example to hear and to see, where there is a board for it."""
+        values = {"log_likelihood": result.log_likelihood}
+        if result.interval is not None:
+            values["interval"] = result.interval
+        values["draw_log_likelihood"] = result.draw_log_likelihood
+        self.add("validation", step, minutes, values)
+        self.add("z", step, minutes, result.latent._asdict())
+        self.add("log_det", step, minutes, result.log_dets)
+        if not self.spoken:
+            self._add_sound(step, "speech", result.speech, mel)
+            self.spoken = True
+        self._add_sound(step, "draw", result.example, mel)
+
+    def _add_sound(self, step: int, name: str, audio: Tensor, mel: MelSpectrogram) -> None:
+        for board in self.boards:
+            board.audio(step, name, audio.clamp(-1, 1), mel.config.sample_rate)
+            board.picture(step, name, mel_picture(mel(audio)))
+
+
+def mel_picture(mel: Tensor) -> Tensor:
+    """A log-mel (M, F) as a grey image (1, 2 M, F) uint8: low bands below, loud is white.
+
+    The scale is fixed, from silence (1e-5, black) to amplitude 1, so that pictures compare.
+    """
+    grey = ((mel + 11.5) / 13.5).clamp(0, 1) * 255
+    return grey.round().to(torch.uint8).flip(0).repeat_interleave(2, 0)[None].cpu()
+
+
+class _TensorBoard:
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def audio(self, step: int, name: str, audio: Tensor, sample_rate: int) -> None:
+        self.writer.add_audio(name, audio[None], step, sample_rate)
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        self.writer.add_image(f"{name}_mel", image, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _tensorboard(out: Path, step: int) -> Board | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    # Curves of steps that a killed run had made after its last checkpoint are dropped.
+    return _TensorBoard(SummaryWriter(str(out), purge_step=step))
+
+
+class _WandbBoard:
+    """One run of a project, gone on with when the training's own run is resumed."""
+
+    def __init__(self, out: Path, project: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                f"{WANDB_SWITCH}={project} reports to Weights & Biases, which is not installed: "
+                "pip install waveflow[wandb], or unset it"
+            ) from error
+        self.wandb = wandb
+        record = out / RUN_RECORD
+        self.run = wandb.init(
+            project=project,
+            name=out.resolve().name,
+            id=file_sha256(record)[:16] if record.is_file() else None,
+            resume="allow",
+            dir=str(out),
+            config={"recipe": (out / "recipe.json").read_text(encoding="utf-8")},
+        )
+        # Its own count of steps may not go back, ours does when a killed run is resumed.
+        self.run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.run.log({"step": step, **values})
+
+    def audio(self, step: int, name: str, audio: Tensor, sample_rate: int) -> None:
+        sound = self.wandb.Audio(audio.numpy(), sample_rate=sample_rate)
+        self.run.log({"step": step, name: sound})
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        self.run.log({"step": step, f"{name}_mel": self.wandb.Image(image[0].numpy())})
+
+    def close(self) -> None:
+        self.run.finish()

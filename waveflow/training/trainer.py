@@ -2,15 +2,19 @@
 
 Every random number of a step comes from a generator seeded by (seed, step), so a run that
 resumes at a step continues bit for bit on a CPU, and no generator has to be saved.
+
+Several processes (`distributed`) share each batch. A batch, its noise and what its loss is
+divided by are those of the whole, so that their number changes a run by rounding alone. All
+take every decision together, on sums of all; rank 0 writes.
 """
 
 import json
 import logging
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +24,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from waveflow.audio.mel import MelSpectrogram
+from waveflow.bijections import ActNorm
 from waveflow.checkpoint import (
     CONFIG,
     RUN_POINTER,
@@ -31,18 +36,33 @@ from waveflow.checkpoint import (
     parse_config,
     parse_tensors,
     read_files,
-    resolve_run,
+    remove_checkpoint,
+    run_checkpoints,
     save_checkpoint,
 )
 from waveflow.data.cache import AUDIO_FILE, TrainingCache
 from waveflow.data.segments import SegmentSampler
 from waveflow.data.statistics import mel_range
 from waveflow.errors import CheckpointError, ConfigError, DataError
+from waveflow.files import atomic_path
 from waveflow.models.frameglow import FrameConditioner
 from waveflow.models.registry import build_flow
+from waveflow.training.compile import compile_networks
 from waveflow.training.config import Recipe, TrainConfig
+from waveflow.training.distributed import (
+    Share,
+    all_sum,
+    in_any,
+    is_main,
+    on_main,
+    own_share,
+    sum_gradients,
+)
 from waveflow.training.log import MetricsLog
 from waveflow.training.losses import WINDOWS, SpectralDistance, objectives
+from waveflow.training.memory import choose_reversible, drift_logged
+from waveflow.training.prefetch import Prefetch
+from waveflow.training.record import RUN_RECORD, run_record
 from waveflow.training.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -89,12 +109,13 @@ class Trainer:
         out: the run's folder; recipe.json, metrics.csv, checkpoints.
         device: of the training.
         init: weights to start from; the pitch head then counts as trained.
-        resume: continue the run that is in `out`, from its last checkpoint.
+        resume: continue the run that is in `out`, from its newest whole checkpoint; a run that
+            was killed before it had one starts anew.
         data: what the data is, in words, for the checkpoint's provenance.
 
     Raises:
         ConfigError: the recipe cannot be trained, or is not that of the run that is resumed.
-        CheckpointError: there is nothing to resume, or it is damaged.
+        CheckpointError: no checkpoint of the run that is resumed can be used.
         DataError: the cache does not fit, or nothing in it is for training or for validation.
     """
 
@@ -122,42 +143,66 @@ class Trainer:
             raise ConfigError(f"pitch_steps {config.pitch_steps}: this model has no pitch head")
         self.mel = MelSpectrogram(recipe.mel).to(self.device)
         self.spectral = SpectralDistance(recipe.mel).to(self.device)
-        self.sampler = SegmentSampler(
+        self.share = own_share(config.batch_size)
+        n_items = max(len(range(p.start, p.stop)) for p in self.share.split(config.accumulate))
+        self.flow.reversible = choose_reversible(self.flow, recipe, n_items, self.device)
+        if config.compile:
+            compile_networks(self.flow, self.device)
+        sampler = SegmentSampler(
             cache,
             config.segment_frames,
             config.batch_size,
             recipe.mel,
             config.seed,
             config.gain_range,
+            slice(self.share.start, self.share.stop),
         )
+        self.batches = Prefetch(sampler.batch)
         # One optimizer for both phases: parameters without a gradient are left alone.
         self.optimizer = torch.optim.AdamW(
             self.flow.parameters(),
             lr=config.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=config.weight_decay,
+            # One pass over all weights; the kernels are those of a CPU and of CUDA.
+            fused=self.device.type in ("cpu", "cuda"),
         )
         self.ema = {name: t.detach().clone() for name, t in self.flow.state_dict().items()}
         self.step, self.minutes, self.skipped = 0, 0.0, 0
         self.best: float | None = None
         self.best_name: str | None = None
-        self.provenance = Provenance(data=data, mel_range=mel_range(cache, recipe.mel))
-        if resume:
-            self._load()
-        else:
-            self._start_folder()
+        self.provenance = Provenance(data=data)
+        if not (resume and self._resume()):
+            levels = on_main(lambda: mel_range(cache, recipe.mel))
+            self.provenance = self.provenance.model_copy(update={"mel_range": levels})
+            on_main(lambda: self._start_folder(None if init is None else init[0]))
+            if init is not None:
+                # What a kill before the first step's checkpoint would lose.
+                self._save()
 
     def run(
         self,
         max_minutes: float = math.inf,
         report: Callable[[Progress], None] = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Trains until `steps` are done or the clock has run for `max_minutes`, then saves."""
+        """Trains until `steps` are done or the clock has run for `max_minutes`, then saves.
+
+        Args:
+            report: called after each step.
+            stop: asked after each step; yes, in any process, saves and ends at that step.
+
+        Raises:
+            CheckpointError: the disk is full or cannot be written; older checkpoints are whole.
+        """
         config = self.recipe.train
         begin, saved_minutes = time.monotonic(), self.minutes
         first = self.step
-        with MetricsLog(self.out, self.step) as log:
-            while self.step < config.steps:
+        with (
+            _writing(self.out),
+            MetricsLog(self.out, self.step) if is_main() else nullcontext() as log,
+        ):
+            while self.step < config.steps and not self._out_of_patience():
                 values = self._train_step()
                 self.step += 1
                 elapsed = max(time.monotonic() - begin, 1e-9) / 60  # clocks can be coarse
@@ -172,16 +217,40 @@ class Trainer:
                 )
                 left = min(elapsed / done * (config.steps - self.step), max_minutes - elapsed)
                 report(Progress(self.step, values, audio_seconds / (elapsed * 60), left))
-                if self.step % 20 == 0:
-                    log.add("train", self.step, self.minutes, values)
-                last = self.step == config.steps or elapsed >= max_minutes
-                save = last or self.step % config.checkpoint_every == 0
+                if log is not None and self.step % 20 == 0:
+                    pace = {
+                        "learning_rate": self.optimizer.param_groups[0]["lr"],
+                        "waiting_share": self.batches.waiting_share(),
+                        "skipped": self.skipped,
+                    }
+                    log.add("train", self.step, self.minutes, values | pace)
+                late, stopped = in_any(elapsed >= max_minutes, stop())
+                last = late or self.step == config.steps
+                save = last or stopped or self.step % config.checkpoint_every == 0
                 if (last or self.step % config.validate_every == 0) and not self._in_pitch():
                     save = self._validate(log) or save
-                if save:
+                if save or self._out_of_patience():
                     self._save()
-                if last:
+                if stopped:
+                    logger.info("asked to stop: saved at step %d", self.step)
+                if last or stopped:
                     break
+        if self._out_of_patience():
+            logger.info(
+                "stopped at step %d: since %s no validation log-likelihood was above %.4f",
+                self.step,
+                self.best_name,
+                self.best,
+            )
+
+    def _out_of_patience(self) -> bool:
+        """Whether `patience` validations, those of the interval, have brought nothing better."""
+        config = self.recipe.train
+        if not config.patience or self.best_name is None:
+            return False
+        best_step = int(self.best_name.removeprefix("step-"))
+        since = self.step // config.validate_every - best_step // config.validate_every
+        return since >= config.patience
 
     def _in_pitch(self) -> bool:
         return self.step < self.pitch_steps
@@ -190,23 +259,14 @@ class Trainer:
         """One optimizer step; its terms. A non-finite one is skipped and counted."""
         config = self.recipe.train
         in_pitch = self._in_pitch()
-        torch.manual_seed(config.seed * 1_000_003 + self.step)
-        audio, mel, f0 = self._batch()
-        self.flow.train()
-        if in_pitch:
-            loss = cast(FrameConditioner, self.flow.conditioner).pitch_loss(mel, f0)
-            values = {"pitch_loss": loss.item()}
-        else:
-            loss, values = self._flow_loss(audio, mel)
-
         rate = learning_rate(config, self.step if in_pitch else self.step - self.pitch_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad()
-        loss.backward()
+        with drift_logged(config.reversible == "checked"):
+            values = self._gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), config.clip_norm)
         values["gradient_norm"] = norm.item()
-        if math.isfinite(values["gradient_norm"]) and math.isfinite(loss.item()):
+        if all(math.isfinite(value) for value in values.values()):
             self.optimizer.step()
             self._update_ema()
         else:
@@ -214,15 +274,61 @@ class Trainer:
             logger.warning("step %d skipped: loss or gradient is not finite", self.step)
         return values
 
+    def _gradients(self) -> dict[str, float]:
+        """Leaves the gradients of the loss of the whole batch; the terms of that loss."""
+        config = self.recipe.train
+        audio, mel, f0 = self._batch()
+        parts = self.share.split(config.accumulate)
+        n_voiced = levels = None
+        if parts[0].weight < 1:
+            # Means over a part would divide by the part's own.
+            n_voiced = all_sum((f0 > 0).sum().float())
+            levels = all_sum(self.spectral.levels(audio) * self.share.weight)
+        self.flow.train()
+        if len(parts) > 1 and not self._in_pitch():
+            self._start_actnorm(audio, mel, levels)
+        self.optimizer.zero_grad()
+        values: dict[str, float] = {}
+        for part in parts:
+            # Each draws the random numbers of the whole batch, and takes its own.
+            self._seed_noise()
+            own = slice(part.start - self.share.start, part.stop - self.share.start)
+            if self._in_pitch():
+                voiced = None if n_voiced is None else n_voiced * part.weight
+                conditioner = cast(FrameConditioner, self.flow.conditioner)
+                loss = conditioner.pitch_loss(mel[own], f0[own], voiced)
+                terms = {"pitch_loss": loss.item()}
+            else:
+                loss, terms = self._flow_loss(audio[own], mel[own], part, levels)
+            (loss * part.weight).backward()
+            for name, value in terms.items():
+                values[name] = values.get(name, 0.0) + value * part.weight
+        sum_gradients(self.flow.parameters())
+        sums = all_sum(torch.tensor([*values.values()], dtype=torch.float64))
+        return dict(zip(values, sums.tolist(), strict=True))
+
+    @torch.no_grad()
+    def _start_actnorm(self, audio: Tensor, mel: Tensor, levels: Tensor | None) -> None:
+        """Shows layers that start from their first batch the whole of it, not its first part."""
+        norms = [module for module in self.flow.modules() if isinstance(module, ActNorm)]
+        if not all(norm.initialized for norm in norms):
+            self._seed_noise()
+            self._flow_loss(audio, mel, self.share, levels)
+
+    def _seed_noise(self) -> None:
+        torch.manual_seed(self.recipe.train.seed * 1_000_003 + self.step)
+
     def _batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The step's audio (B, T), mel (B, M, F) and F0 (B, F)."""
-        batch = self.sampler.batch(self.step)
+        """The audio (B, T), mel (B, M, F) and F0 (B, F) of this process's items of the step."""
+        batch = self.batches.get(self.step)
         audio, f0 = batch.audio.to(self.device), batch.f0.to(self.device)
         hop, margin = self.recipe.mel.hop_length, self.recipe.mel.margin_frames
         end = margin + self.recipe.train.segment_frames
         return audio[:, margin * hop : end * hop], self.mel(audio)[:, :, margin:end], f0
 
-    def _flow_loss(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def _flow_loss(
+        self, audio: Tensor, mel: Tensor, share: Share, levels: Tensor | None
+    ) -> tuple[Tensor, dict[str, float]]:
         """The weighted sum of the objectives, and each of them."""
         config = self.recipe.train
         terms = objectives(
@@ -233,6 +339,8 @@ class Trainer:
             energy=config.energy_weight > 0,
             calibration=config.calibration_weight > 0,
             precision=config.precision,
+            share=share,
+            levels=levels,
         )
         loss = config.likelihood_weight * terms.nll
         values = {"log_likelihood": -terms.nll.item()}
@@ -254,7 +362,7 @@ class Trainer:
             else:
                 self.ema[name].copy_(value)
 
-    def _validate(self, log: MetricsLog) -> bool:
+    def _validate(self, log: MetricsLog | None) -> bool:
         """Validates the averaged weights; whether they are the best so far."""
         averaged = build_flow(self.recipe.model, self.recipe.mel).to(self.device)
         averaged.load_state_dict(self.ema)
@@ -263,13 +371,14 @@ class Trainer:
             "log_likelihood": result.log_likelihood,
             "draw_log_likelihood": result.draw_log_likelihood,
         }
-        log.add("validation", self.step, self.minutes, values)
-        log.add_audio(self.step, result.example, self.recipe.mel.sample_rate)
+        if log is not None:
+            log.add_validation(self.step, self.minutes, result, self.mel)
         logger.info(
-            "step %d, %.1f minutes: validation log-likelihood %.4f, own draws %.4f",
+            "step %d, %.1f minutes: validation log-likelihood %.4f%s, own draws %.4f",
             self.step,
             self.minutes,
             result.log_likelihood,
+            "" if result.interval is None else f" ± {result.interval:.4f}",
             result.draw_log_likelihood,
         )
         self.provenance = self.provenance.model_copy(
@@ -285,7 +394,10 @@ class Trainer:
         return f"step-{self.step:08d}"
 
     def _save(self) -> None:
-        """Writes this step's checkpoint, then points to it, then removes the older ones."""
+        on_main(self._write_checkpoint)
+
+    def _write_checkpoint(self) -> None:
+        """Writes this step's checkpoint, then points to it, then removes what is too old."""
         config = ModelConfig(
             model=self.recipe.model,
             mel=self.recipe.mel,
@@ -311,56 +423,115 @@ class Trainer:
             STATE: (state.model_dump_json(indent=1) + "\n").encode(),
         }
         save_checkpoint(self.out / self._name(), config, self.ema, extra)
-        keep = {"last": self._name(), "best": self.best_name or self._name()}
-        _write_atomic(self.out / RUN_POINTER, json.dumps(keep, indent=1) + "\n")
-        # Those that begin with a dot are what a killed save left.
-        for folder in [*self.out.glob("step-*"), *self.out.glob(".step-*")]:
-            if folder.name not in keep.values():
+        keep = self._point()
+        with _writing(self.out):
+            for folder in run_checkpoints(self.out):
+                # A newer waveflow may read later steps, and this one could not.
+                if folder.name < self._name() and folder.name not in keep:
+                    remove_checkpoint(folder)
+            # What a kill within a save left.
+            for folder in self.out.glob(".step-*"):
                 shutil.rmtree(folder, ignore_errors=True)
+            for file in self.out.glob(".*.tmp.json"):
+                file.unlink(missing_ok=True)
 
-    def _load(self) -> None:
-        """Takes up the last checkpoint of the run in `out`."""
-        if not (self.out / RUN_POINTER).is_file():
-            raise CheckpointError(f"nothing to resume in {self.out}: it has no {RUN_POINTER}")
+    def _point(self) -> set[str]:
+        """Names the last checkpoint, the one before it and the best; what is named."""
+        older = [f.name for f in run_checkpoints(self.out) if f.name < self._name()]
+        pointer = {
+            "last": self._name(),
+            "previous": older[0] if older else self._name(),
+            "best": self.best_name or self._name(),
+        }
+        with _writing(self.out):
+            _write_text(self.out / RUN_POINTER, json.dumps(pointer, indent=1) + "\n")
+        return set(pointer.values())
+
+    def _resume(self) -> bool:
+        """Takes up the run in `out`; whether there was one to take up."""
+        if not on_main(lambda: bool(run_checkpoints(self.out))):
+            logger.warning("%s holds no checkpoint yet: the run starts at step 0", self.out)
+            return False
         stored = self.out / "recipe.json"
         recipe = _stored_recipe(stored)
         if recipe is None or _endless(recipe) != _endless(self.recipe):
             raise ConfigError(f"{stored} is not this recipe: resume with the recipe of the run")
-        folder = resolve_run(self.out, "last")
+        name, best, best_name = on_main(self._load_newest)
+        if not is_main():
+            self._load(self.out / name)
+            self.best, self.best_name = best, best_name
+        return True
+
+    def _load_newest(self) -> tuple[str, float | None, str | None]:
+        """Loads the newest checkpoint that is whole; its name, and what is the best."""
+        errors = []
+        for folder in run_checkpoints(self.out):
+            try:
+                self._load(folder)
+            except CheckpointError as error:
+                errors.append(error)
+                logger.warning("%s", error)
+                continue
+            if errors:
+                logger.warning("going on from %s, the newest that is whole", folder)
+            self._forget_damaged_best()
+            # A kill between a checkpoint and its pointer leaves an older pointer.
+            self._point()
+            return folder.name, self.best, self.best_name
+        raise CheckpointError(
+            f"no checkpoint in {self.out} can be resumed; the newest: {errors[0]}"
+        )
+
+    def _forget_damaged_best(self) -> None:
+        if self.best_name in (None, self._name()):
+            return
+        try:
+            read_files(self.out / str(self.best_name))
+        except CheckpointError as error:
+            logger.warning("%s: the best checkpoint is that of the next validation", error)
+            self.best = self.best_name = None
+
+    def _load(self, folder: Path) -> None:
+        """Takes up a checkpoint; changes nothing but the weights where it raises."""
         files = read_files(folder)
         if TRAINING not in files or STATE not in files:
             raise CheckpointError(f"{folder} holds no {TRAINING} and {STATE}: cannot resume")
-        tensors = parse_tensors(files[TRAINING], folder / TRAINING)
-        raw = {k.removeprefix("raw."): v for k, v in tensors.items() if k.startswith("raw.")}
-        load_weights(self.flow, raw, folder)
-        self.ema = {
-            k: v.to(self.device) for k, v in parse_tensors(files[WEIGHTS], folder / WEIGHTS).items()
-        }
-        for name, parameter in self.flow.named_parameters():
-            moments: dict[str, Any] = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors.get(f"optimizer.{key}.{name}")
-                if value is not None:
-                    moments[key] = value if key == "step" else value.to(self.device)
-            if moments:
-                self.optimizer.state[parameter] = moments
         try:
             state = RunState.model_validate_json(files[STATE])
         except ValidationError as error:
             raise CheckpointError(f"{folder / STATE}: {first_problem(error)}") from error
         if state.audio_sha256 != self.cache.manifest.sha256[AUDIO_FILE]:
             raise ConfigError(f"{self.cache.folder} is not the data of the run in {self.out}")
+        config = parse_config(files[CONFIG], folder / CONFIG)
+        if (config.model, config.mel) != (self.recipe.model, self.recipe.mel):
+            raise CheckpointError(f"{folder / CONFIG} is not the model of the run's recipe")
+        averaged = parse_tensors(files[WEIGHTS], folder / WEIGHTS)
+        load_weights(self.flow, averaged, folder / WEIGHTS)
+        tensors = parse_tensors(files[TRAINING], folder / TRAINING)
+        raw = {k.removeprefix("raw."): v for k, v in tensors.items() if k.startswith("raw.")}
+        load_weights(self.flow, raw, folder / TRAINING)
+        self.ema = {k: v.to(self.device) for k, v in averaged.items()}
+        for name, parameter in self.flow.named_parameters():
+            moments: dict[str, Any] = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors.get(f"optimizer.{key}.{name}")
+                if value is not None:
+                    moments[key] = value.to(self.device)
+            if moments:
+                self.optimizer.state[parameter] = moments
         self.step, self.minutes = state.step, state.minutes
         self.skipped, self.pitch_steps = state.skipped, state.pitch_steps
         self.best, self.best_name = state.best, state.best_name
-        self.provenance = parse_config(files[CONFIG], folder / CONFIG).provenance
+        self.provenance = config.provenance
 
-    def _start_folder(self) -> None:
-        if (self.out / RUN_POINTER).exists():
+    def _start_folder(self, init: Path | None) -> None:
+        if run_checkpoints(self.out):
             raise ConfigError(f"{self.out} holds a run: use --resume or name another folder")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            _write_atomic(self.out / "recipe.json", self.recipe.model_dump_json(indent=1) + "\n")
+            _write_text(self.out / "recipe.json", self.recipe.model_dump_json(indent=1) + "\n")
+            record = run_record(self.recipe, self.cache, self.device, self.provenance.data, init)
+            _write_text(self.out / RUN_RECORD, record)
         except OSError as error:
             raise ConfigError(f"cannot write the run {self.out}: {error.strerror}") from error
 
@@ -391,13 +562,20 @@ def _stored_recipe(path: Path) -> Recipe | None:
 
 def _endless(recipe: Recipe) -> Recipe:
     """The recipe without its end, which a run may move."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 1})})
+    train = recipe.train.model_copy(update={"steps": 1, "patience": 0})
+    return recipe.model_copy(update={"train": train})
 
 
-def _write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Makes one line of what the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"cannot write to the run {folder}: {reason}") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

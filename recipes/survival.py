@@ -1,0 +1,191 @@
+"""Kills a training at random moments, again and again, and counts what is lost.
+
+    python recipes/survival.py --kills 200
+
+A tiny model learns a made-up voice and saves at every step. SIGKILL ends it while it loads,
+trains, validates or saves. After each kill every checkpoint in the run's folder has to be whole,
+none that was there may be missing, and the run has to resume. A run that gets to its end has to
+have, bit for bit, the weights of a run that was never killed; then the next run begins.
+
+The children are forked from a process that has loaded all modules, so this needs a POSIX system.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from waveflow.checkpoint import read_files, resolve_run, run_checkpoints
+from waveflow.cli.main import main as waveflow
+from waveflow.data.cache import TrainingCache
+from waveflow.errors import CheckpointError
+from waveflow.training.config import read_recipe
+from waveflow.training.trainer import TRAINING, Trainer
+
+RATE = 22050
+# The longest time that a child has; a run takes about twice as long.
+LONGEST_SECONDS = 1.5
+
+RECIPE = """
+mel = "hifigan"
+[model]
+type = "frameglow"
+n_flows = 1
+hidden_channels = 8
+dilations = [1]
+encoder_channels = 8
+encoder_layers = 1
+[train]
+steps = 60
+batch_size = 2
+segment_frames = 16
+pitch_steps = 5
+checkpoint_every = 1
+validate_every = 4
+"""
+
+
+def main() -> None:
+    """Kills, checks and prints a summary; status 1 if anything was lost."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with contextlib.suppress(ImportError):
+        import torch.utils.tensorboard  # noqa: F401 - once, and not in every child
+    with tempfile.TemporaryDirectory() as scratch:
+        raise SystemExit(0 if survives(Path(scratch), args.kills, args.seed) else 1)
+
+
+def survives(scratch: Path, n_kills: int, seed: int) -> bool:
+    """Whether all of it held for so many kills."""
+    recipe, cache = scratch / "recipe.toml", scratch / "cache"
+    recipe.write_text(RECIPE)
+    make_corpus(scratch / "corpus")
+    prepared = child("prepare", scratch / "corpus", "-o", cache, "--workers", 1)
+    assert wait(prepared) == 0, "no cache"
+    undisturbed = scratch / "undisturbed"
+    assert wait(child("train", recipe, "--data", cache, "--out", undisturbed)) == 0, "no run"
+    expected = weights(undisturbed)
+
+    rng = random.Random(seed)
+    kills = in_saves = finished = n_read = 0
+    problems: list[str] = []
+    while kills < n_kills:
+        run, newest = scratch / f"run-{finished}", ""
+        train = ("train", recipe, "--data", cache, "--out", run, "--resume")
+        while kills < n_kills:
+            process = child(*train)
+            time.sleep(rng.uniform(0, LONGEST_SECONDS))
+            os.kill(process, signal.SIGKILL)
+            status = wait(process)
+            if status == 0:
+                break
+            kills += 1
+            where = f"kill {kills}, run {finished}"
+            if status != -signal.SIGKILL:
+                problems.append(f"{where}: the run had ended by itself with status {status}")
+            in_saves += any(run.glob(".step-*"))
+            whole, unreadable = check(run)
+            n_read += len(whole) + len(unreadable)
+            problems += [f"{where}: {line}" for line in unreadable]
+            if whole and whole[0] < newest:
+                problems.append(f"{where}: {newest} is lost, the newest is {whole[0]}")
+            newest = max([newest, *whole[:1]])
+            if wait(checking_child(recipe, cache, run, newest)) != 0:
+                problems.append(f"{where}: the run does not resume from {newest or 'nothing'}")
+        else:
+            if wait(child(*train)) != 0:
+                problems.append(f"run {finished} cannot be finished")
+        if weights(run) != expected:
+            problems.append(f"run {finished} has other weights than one that was never killed")
+        finished += 1
+    print(f"{kills} kills in {finished} runs, {in_saves} of them within a save (seed {seed})")
+    for line in problems:
+        print(line)
+    if not problems:
+        print(
+            f"all {n_read} checkpoints that were there after a kill were whole, every kill was "
+            "resumed from, and every run ended bit for bit like one that was never killed"
+        )
+    return not problems
+
+
+def make_corpus(folder: Path) -> None:
+    """Four half-second clips of a buzz that glides."""
+    folder.mkdir()
+    seconds = np.arange(RATE // 2) / RATE
+    for clip in range(4):
+        phase = 2 * np.pi * (100 + 20 * clip + 40 * seconds) * seconds
+        buzz = sum(np.sin(k * phase) / k for k in range(1, 20))
+        soundfile.write(folder / f"clip{clip}.wav", 0.15 * buzz, RATE)
+
+
+def forked(action: Callable[[], int]) -> int:
+    """The process number of a child that does something in silence; its status is the result."""
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, 1)
+            os.dup2(silence, 2)
+            status = action()
+        finally:
+            os._exit(status)
+    return process
+
+
+def child(*arguments: object) -> int:
+    """A child that runs `waveflow` with these arguments."""
+    return forked(lambda: waveflow([str(argument) for argument in arguments]))
+
+
+def checking_child(recipe: Path, cache: Path, run: Path, newest: str) -> int:
+    """A child that resumes the run, and fails if that is not from the newest checkpoint."""
+
+    def check() -> int:
+        trainer = Trainer(read_recipe(recipe), TrainingCache(cache), run, resume=True)
+        return int(trainer.step != int(newest.removeprefix("step-") or 0))
+
+    return forked(check)
+
+
+def wait(process: int) -> int:
+    """The exit status of a child, or its signal as a negative number."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def check(run: Path) -> tuple[list[str], list[str]]:
+    """The names of the run's whole checkpoints, newest first, and a line for each damage."""
+    whole, damage = [], []
+    for folder in run_checkpoints(run):
+        try:
+            read_files(folder)
+            whole.append(folder.name)
+        except CheckpointError as error:
+            damage.append(str(error))
+    if (run / "checkpoints.json").exists():
+        for which in ("last", "previous", "best"):
+            try:
+                read_files(resolve_run(run, which))
+            except CheckpointError as error:
+                damage.append(f"{which}: {error}")
+    return whole, damage
+
+
+def weights(run: Path) -> bytes:
+    """Weights and moments at the end of a run."""
+    return (resolve_run(run, "last") / TRAINING).read_bytes()
+
+
+if __name__ == "__main__":
+    main()
