@@ -16,8 +16,9 @@ from waveflow.audio.io import read_mel
 from waveflow.audio.mel import MEL_PRESETS, MelConfig
 from waveflow.bench.peers import Peer, Vocos, griffin_lim_peer
 from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint
+from waveflow.engine.contract import Decoder
 from waveflow.engine.cost import COUNTED_FRAMES, PLAIN_LEVEL, macs_per_frame, macs_per_second, tiled
-from waveflow.engine.decoder import Decoder, Precision, make_decoder
+from waveflow.engine.decoder import Precision, make_decoder
 from waveflow.engine.packed import with_packed_linears
 from waveflow.engine.vocoder import Vocoder
 from waveflow.errors import CheckpointError

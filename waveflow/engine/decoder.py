@@ -9,12 +9,12 @@ other is compared with it in the tests and in `waveflow bench`.
 """
 
 import time
-from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from waveflow.engine.contract import Decoder
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 
@@ -25,22 +25,6 @@ PROBE_FRAMES = 8
 PROBE_RUNS = 3
 # Half precision costs some quality: it must be clearly faster to be chosen.
 WORTHWHILE = 1.3
-
-
-class Decoder(Protocol):
-    """Noise z (B, C, L) and mel (B, M, F) to audio (B, F hop): the flow's inverse.
-
-    `lengths` (B,) are the frames of each item of a padded batch, `start` (B,) the running phase
-    of a harmonic source at the first sample, in cycles (`Flow.decode`).
-    """
-
-    def __call__(
-        self,
-        z: Tensor,
-        mel: Tensor,
-        lengths: Tensor | None = None,
-        start: Tensor | None = None,
-    ) -> Tensor: ...
 
 
 class Choice(NamedTuple):
@@ -120,37 +104,6 @@ def weights_version(flow: Flow) -> tuple[tuple[int, int], ...]:
     does not count.
     """
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in flow.parameters())
-
-
-def each_item(
-    decode: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    hop_length: int,
-    z: Tensor,
-    mel: Tensor,
-    lengths: Tensor | None,
-    start: Tensor | None,
-) -> Tensor:
-    """A batch item by item, each at its own length, zeros beyond: audio (B, C L).
-
-    What gains nothing from a batch (networks that fill one thread) has no padding to mask then.
-
-    Args:
-        decode: z (1, C, l), mel (1, M, f) and start (1,) or None to audio (1, C l).
-        hop_length: audio samples for each frame.
-        z, mel, lengths, start: a decoder's arguments.
-    """
-    audio = torch.zeros(z.shape[0], z.shape[1] * z.shape[2])
-    frames = [mel.shape[2]] * len(mel) if lengths is None else lengths.tolist()
-    for i, n_frames in enumerate(frames):
-        item = slice(i, i + 1)
-        n_samples = n_frames * hop_length
-        made = decode(
-            z[item, :, : n_samples // z.shape[1]],
-            mel[item, :, :n_frames],
-            None if start is None else start[item],
-        )
-        audio[i, : made.shape[1]] = made[0]
-    return audio
 
 
 def _seconds(decoder: Decoder, noise: Tensor, mel: Tensor) -> float:

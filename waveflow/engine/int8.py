@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from waveflow.bijections import Condition, Coupling
-from waveflow.engine.decoder import each_item
+from waveflow.engine.contract import each_item
 from waveflow.engine.int8_graph import LARGEST, Array, Node, RowBlocks, RowGraph
 from waveflow.errors import ConfigError
 from waveflow.flow import Conditioner, Flow, reach

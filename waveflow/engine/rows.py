@@ -30,7 +30,7 @@ from waveflow.bijections import (
     InvertibleConv1x1,
     Squeeze,
 )
-from waveflow.engine.decoder import each_item
+from waveflow.engine.contract import each_item
 from waveflow.engine.low_rank import Steering
 from waveflow.engine.product import Product
 from waveflow.errors import ConfigError

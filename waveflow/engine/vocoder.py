@@ -18,8 +18,8 @@ from waveflow.audio.mel import MelConfig, MelSpectrogram, describe_foreign_mel
 from waveflow.audio.refine import MelRefinement
 from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint, resolve_run
 from waveflow.engine.checks import checked_audio, checked_lengths, checked_mel
+from waveflow.engine.contract import Decoder
 from waveflow.engine.decoder import (
-    Decoder,
     Precision,
     choose_decoder,
     make_decoder,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from waveflow.audio.refine import MelRefinement
-from waveflow.engine.decoder import Decoder
+from waveflow.engine.contract import Decoder
 from waveflow.flow import Flow
 
 # New frames in a window of a long mel, 12 seconds at 22 kHz. FrameGlow's context of 140 frames in
