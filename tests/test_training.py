@@ -633,6 +633,64 @@ def test_init_starts_from_weights_and_skips_the_pitch_steps(
 # --- what a run refuses ---
 
 
+def test_tuning_validates_before_its_first_step(
+    cache: TrainingCache, finished: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, flow = load_checkpoint(finished.out)
+    weights = {k: v.clone() for k, v in flow.state_dict().items()}
+
+    def harm(self: Trainer) -> dict[str, float]:
+        self.ema["bijection.steps.1.network.level_bias"].sub_(1.0)
+        return {"log_likelihood": 0.0}
+
+    monkeypatch.setattr(Trainer, "_train_step", harm)
+    settings = recipe(steps=3, validate_every=1)
+    trainer = Trainer(settings, cache, tmp_path / "run", init=(finished.out, weights))
+    trainer.run()
+    mel = MelSpectrogram(MEL)
+    expected = validate(flow.prepare_for_inference(), cache, mel, torch.device("cpu"))
+    assert trainer.before == pytest.approx(expected.log_likelihood, abs=1e-6)
+    # What it started from is then still its best.
+    assert trainer.best == trainer.before
+    assert_same(dict(load_checkpoint(tmp_path / "run")[1].state_dict()), weights)
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_rates_by_name(cache: TrainingCache, tmp_path: Path, reversible: bool) -> None:
+    rates = {"conditioner": 0.0, "conditioner.enter": 0.5, "bijection.steps.1": 0.1}
+    settings = recipe(pitch_steps=0, rates=rates, reversible=reversible, warmup_steps=1)
+    trainer = Trainer(settings, cache, tmp_path / "run")
+    before = {k: v.clone() for k, v in trainer.flow.named_parameters()}
+    trainer._train_step()
+    moved = {k: (v - before[k]).abs().max().item() for k, v in trainer.flow.named_parameters()}
+    # Adam's first step is the rate itself, wherever there is a gradient.
+    rate = settings.train.learning_rate
+    for name, distance in moved.items():
+        if name.startswith("conditioner.enter."):
+            factor = 0.5
+        elif name.startswith("conditioner."):
+            factor = 0.0
+        else:
+            factor = 0.1 if name.startswith("bijection.steps.1.") else 1.0
+        if factor == 0:
+            assert distance == 0, name
+        elif distance > 0:
+            assert distance == pytest.approx(factor * rate, rel=1e-2), name
+    assert sum(distance > 0 for distance in moved.values()) > 10
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"condition": 0.1}, "no parameter begins with 'condition'"),
+        ({"conditioner": 0, "bijection": 0}, "nothing to train"),
+    ],
+)
+def test_wrong_rates(cache: TrainingCache, tmp_path: Path, rates: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Trainer(recipe(rates=rates), cache, tmp_path / "run")
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(
     cache: TrainingCache, finished: Trainer
 ) -> None:

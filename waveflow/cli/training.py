@@ -112,6 +112,8 @@ def train(
     if main:
         best = trainer.best
         score = "" if best is None else f", best validation log-likelihood {best:.4f}"
+        if trainer.before is not None:
+            score += f" ({trainer.before:.4f} before)"
         print(f"{out}: {trainer.step} steps, {trainer.minutes:.1f} minutes{score}")
 
 

@@ -3,7 +3,7 @@
 import json
 import tomllib
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -28,6 +28,8 @@ class TrainConfig(BaseModel):
         pitch_steps: first steps, which train the pitch head alone; then it is frozen.
         learning_rate: the peak, reached linearly after `warmup_steps`; then it falls with
             1 / sqrt(1 + step / decay_steps), which needs no end to be known.
+        rates: factors of the learning rate by the beginning of a parameter's name, the longest
+            that fits; 0 freezes. For fine-tuning: `{conditioner = 0.1, "bijection.steps.1" = 0}`.
         clip_norm: largest norm of the gradient.
         ema_decay: of the running mean of the weights that is validated and shipped.
         seed: of initial weights, data order and noise.
@@ -57,6 +59,7 @@ class TrainConfig(BaseModel):
     calibration_weight: float = Field(default=0.0, ge=0)
     pitch_steps: int = Field(default=0, ge=0)
     learning_rate: float = Field(default=1e-3, gt=0)
+    rates: dict[str, Annotated[float, Field(ge=0)]] = {}
     warmup_steps: int = Field(default=200, ge=1)
     decay_steps: int = Field(default=4000, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)

@@ -13,7 +13,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -45,6 +45,7 @@ from waveflow.data.segments import SegmentSampler
 from waveflow.data.statistics import mel_range
 from waveflow.errors import CheckpointError, ConfigError, DataError
 from waveflow.files import atomic_path
+from waveflow.flow import Flow
 from waveflow.models.frameglow import FrameConditioner
 from waveflow.models.registry import build_flow
 from waveflow.training.compile import compile_networks
@@ -160,7 +161,7 @@ class Trainer:
         self.batches = Prefetch(sampler.batch)
         # One optimizer for both phases: parameters without a gradient are left alone.
         self.optimizer = torch.optim.AdamW(
-            self.flow.parameters(),
+            parameter_groups(self.flow, config.rates),
             lr=config.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=config.weight_decay,
@@ -171,11 +172,15 @@ class Trainer:
         self.step, self.minutes, self.skipped = 0, 0.0, 0
         self.best: float | None = None
         self.best_name: str | None = None
+        # The likelihood before the first step of a run that starts from trained weights.
+        self.before: float | None = None
+        self._is_tuning = False
         self.provenance = Provenance(data=data)
         if not (resume and self._resume()):
             levels = on_main(lambda: mel_range(cache, recipe.mel))
             self.provenance = self.provenance.model_copy(update={"mel_range": levels})
             on_main(lambda: self._start_folder(None if init is None else init[0]))
+            self._is_tuning = init is not None
             if init is not None:
                 # What a kill before the first step's checkpoint would lose.
                 self._save()
@@ -202,6 +207,9 @@ class Trainer:
             _writing(self.out),
             MetricsLog(self.out, self.step) if is_main() else nullcontext() as log,
         ):
+            if self._is_tuning:
+                self._validate(log)
+                self.before = self.best
             while self.step < config.steps and not self._out_of_patience():
                 values = self._train_step()
                 self.step += 1
@@ -219,7 +227,7 @@ class Trainer:
                 report(Progress(self.step, values, audio_seconds / (elapsed * 60), left))
                 if log is not None and self.step % 20 == 0:
                     pace = {
-                        "learning_rate": self.optimizer.param_groups[0]["lr"],
+                        "learning_rate": self._rate(self.step - 1),
                         "waiting_share": self.batches.waiting_share(),
                         "skipped": self.skipped,
                     }
@@ -258,10 +266,8 @@ class Trainer:
     def _train_step(self) -> dict[str, float]:
         """One optimizer step; its terms. A non-finite one is skipped and counted."""
         config = self.recipe.train
-        in_pitch = self._in_pitch()
-        rate = learning_rate(config, self.step if in_pitch else self.step - self.pitch_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["factor"] * self._rate(self.step)
         with drift_logged(config.reversible == "checked"):
             values = self._gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), config.clip_norm)
@@ -273,6 +279,11 @@ class Trainer:
             self.skipped += 1
             logger.warning("step %d skipped: loss or gradient is not finite", self.step)
         return values
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step, which starts again when the pitch head is done."""
+        in_pitch = step < self.pitch_steps
+        return learning_rate(self.recipe.train, step if in_pitch else step - self.pitch_steps)
 
     def _gradients(self) -> dict[str, float]:
         """Leaves the gradients of the loss of the whole batch; the terms of that loss."""
@@ -534,6 +545,36 @@ class Trainer:
             _write_text(self.out / RUN_RECORD, record)
         except OSError as error:
             raise ConfigError(f"cannot write the run {self.out}: {error.strerror}") from error
+
+
+def parameter_groups(flow: Flow, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The optimizer's groups: parameters by their `factor` of the learning rate; 0 is frozen.
+
+    Raises:
+        ConfigError: a name with which no parameter begins.
+    """
+    named = dict(flow.named_parameters())
+    for prefix in rates:
+        if not any(_begins(name, prefix) for name in named):
+            raise ConfigError(
+                f"rates: no parameter begins with {prefix!r}; there are, for example, "
+                f"{', '.join(sorted({name.partition('.')[0] for name in named}))}"
+            )
+    groups: dict[float, list[Tensor]] = {}
+    for name, parameter in named.items():
+        fitting = [prefix for prefix in rates if _begins(name, prefix)]
+        factor = rates[max(fitting, key=len)] if fitting else 1.0
+        if factor == 0:
+            parameter.requires_grad_(False)
+        else:
+            groups.setdefault(factor, []).append(parameter)
+    if not groups:
+        raise ConfigError("rates: every parameter is frozen, so there is nothing to train")
+    return [{"params": params, "factor": factor} for factor, params in groups.items()]
+
+
+def _begins(name: str, prefix: str) -> bool:
+    return f"{name}.".startswith(f"{prefix}.")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
