@@ -40,6 +40,14 @@ def prepare(
             help="hifigan, nvidia, or a recipe's file: its sample rate and hop are the cache's.",
         ),
     ] = "hifigan",
+    mels: Annotated[
+        Path | None,
+        typer.Option(
+            "--mels",
+            metavar="FOLDER",
+            help="Train on an acoustic model's mels, FOLDER/ID.npy or .pt, one for each clip.",
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -62,11 +70,15 @@ def prepare(
     CACHE/report.json. A run that was interrupted goes on where it stopped, and
     torchrun shares the work over its processes.
 
+    With --mels (bands, frames; natural logarithms; aligned with the recordings), a
+    clip whose mel is missing, or off by more than 3 frames, is left out and listed.
+
     \b
     Examples:
       waveflow prepare LJSpeech-1.1.tar.bz2 -o data/lj
       waveflow prepare kathleen nathalie -o data/two --workers 4
       waveflow prepare recordings -o data/24k --mel recipe.toml
+      waveflow prepare LJSpeech-1.1 -o data/tuned --mels tacotron-mels
       torchrun --nproc-per-node 8 -m waveflow prepare VCTK -o data/vctk
     """
     settings = _mel_settings(mel)
@@ -83,10 +95,10 @@ def prepare(
     if group.rank:
         from waveflow.data.prepare import prepare_shard
 
-        kept = prepare_shard(corpora, out, settings, group[:2], workers, force)
+        kept = prepare_shard(corpora, out, settings, group[:2], workers, force, mels)
         group.gather("prepare", kept)
         return
-    report = make_cache(corpora, out, settings, workers, force, group)
+    report = make_cache(corpora, out, settings, workers, force, group, mels)
     for line in (f"{out}: {report.amounts()}", *report.lines()):
         print(line)
 
@@ -98,6 +110,7 @@ def make_cache(
     workers: int | None = None,
     force: bool = False,
     group: Group = ALONE,
+    mels: Path | None = None,
 ) -> "PrepareReport":
     """`waveflow.data.prepare.prepare` with a progress bar, as rank 0 of a group."""
     from waveflow.data.prepare import prepare as prepare_cache
@@ -106,7 +119,9 @@ def make_cache(
         return sum(group.gather("prepare", 0) or [])
 
     with group.counting("preparing") as progress:
-        return prepare_cache(corpora, out, mel, progress, workers, force, group.world_size, wait)
+        return prepare_cache(
+            corpora, out, mel, progress, workers, force, group.world_size, wait, mels
+        )
 
 
 def note_report(report: "PrepareReport") -> None:

@@ -2,7 +2,8 @@
 
 A cache is a folder of `audio.npy` (int16, all clips one after another), `f0.npy` (float32, Hz, one
 value for each whole hop, 0 where unvoiced, clips one after another) and `manifest.json`, which says
-where each clip lies; `report.json` beside them says what the recordings were.
+where each clip lies; `report.json` beside them says what the recordings were. Where an acoustic
+model's mels were given, `mel.npy` (float32, natural logarithms) has a row of theirs for each hop.
 `waveflow.data.prepare` writes it; reading it needs no audio library.
 """
 
@@ -20,6 +21,7 @@ from waveflow.errors import DataError
 
 AUDIO_FILE = "audio.npy"
 F0_FILE = "f0.npy"
+MEL_FILE = "mel.npy"
 MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
 
@@ -51,13 +53,17 @@ class F0Settings(_Frozen):
 
 
 class Manifest(_Frozen):
-    """What `manifest.json` holds. Any mel of this sample rate and hop can be trained from it."""
+    """What `manifest.json` holds. Any mel of this sample rate and hop can be trained from it.
+
+    Where mels were given, `n_mels` is the number of their bands, and only they are trained on.
+    """
 
     kind: Literal["waveflow training cache"] = "waveflow training cache"
     format: Literal[2] = 2
     sample_rate: PositiveInt
     hop_length: PositiveInt
     f0: F0Settings
+    n_mels: PositiveInt | None = None
     sha256: dict[str, str]
     clips: tuple[CachedClip, ...]
 
@@ -81,8 +87,10 @@ class TrainingCache:
         self.folder = Path(folder)
         self.manifest = _read_manifest(self.folder)
         clips = self.manifest.clips
-        self._audio = self._map(AUDIO_FILE, np.int16, sum(c.samples for c in clips))
-        self._f0 = self._map(F0_FILE, np.float32, sum(c.frames for c in clips))
+        frames, n_mels = sum(c.frames for c in clips), self.manifest.n_mels
+        self._audio = self._map(AUDIO_FILE, np.int16, (sum(c.samples for c in clips),))
+        self._f0 = self._map(F0_FILE, np.float32, (frames,))
+        self._mel = None if n_mels is None else self._map(MEL_FILE, np.float32, (frames, n_mels))
 
     @property
     def sample_rate(self) -> int:
@@ -110,6 +118,12 @@ class TrainingCache:
         """Returns a clip's F0 in Hz, (frames,) float32, 0 where unvoiced, a view of the file."""
         return self._f0[clip.frame_offset : clip.frame_offset + clip.frames]
 
+    def mel(self, clip: CachedClip) -> np.ndarray | None:
+        """Returns the mel given for a clip, (frames, n_mels) float32, a view of the file."""
+        if self._mel is None:
+            return None
+        return self._mel[clip.frame_offset : clip.frame_offset + clip.frames]
+
     def val_clips(self) -> Iterator[tuple[CachedClip, np.ndarray, np.ndarray]]:
         """Yields each validation clip, its audio (samples,) float32 in [-1, 1) and F0 (frames,)."""
         for clip in self.clips("val"):
@@ -125,16 +139,16 @@ class TrainingCache:
             if file_sha256(self.folder / name) != expected:
                 raise DataError(f"{self.folder / name} is damaged: run waveflow prepare again")
 
-    def _map(self, name: str, dtype: type, length: int) -> np.ndarray:
+    def _map(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         path = self.folder / name
         try:
             array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {path} ({error}): run waveflow prepare again") from error
-        if array.dtype != dtype or array.shape != (length,):
+        if array.dtype != dtype or array.shape != shape:
             raise DataError(
                 f"{path} holds {array.dtype} {array.shape}, its manifest says"
-                f" {np.dtype(dtype)} ({length},): run waveflow prepare again"
+                f" {np.dtype(dtype)} {shape}: run waveflow prepare again"
             )
         return array
 

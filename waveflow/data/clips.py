@@ -15,16 +15,36 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 
-from waveflow.audio.io import atomic_path, read_audio, resample, to_int16
+from waveflow.audio.io import (
+    MEL_SUFFIXES,
+    atomic_path,
+    read_audio,
+    read_mel,
+    resample,
+    to_int16,
+)
 from waveflow.data.f0 import track_f0
-from waveflow.errors import AudioError, DataError
+from waveflow.errors import AudioError, DataError, MelMismatchError
 
-Reason = Literal["unreadable", "too short", "silent", "clipped", "duplicate", "ignored"]
+Reason = Literal[
+    "unreadable",
+    "too short",
+    "silent",
+    "clipped",
+    "duplicate",
+    "ignored",
+    "no mel",
+    "bad mel",
+    "mel length",
+]
 
 # -60 dB below full scale: the noise of a quiet room lies there, no speech does.
 SILENCE_RMS = 1e-3
 # Of a clip's samples; loud recordings touch full scale now and then, distorted ones stay there.
 MOST_CLIPPED = 0.01
+
+# Frames. Acoustic models under teacher forcing differ at a clip's end; more is another clip's mel.
+MOST_FRAMES_OFF = 3
 
 # What reading a part that is cut short or overwritten can raise.
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
@@ -61,11 +81,18 @@ class ClipFacts(BaseModel):
 
 
 class Clip(NamedTuple):
-    """A clip as the cache holds it: audio (T,) int16, f0 (T // hop_length,) float32."""
+    """A clip as the cache holds it.
+
+    Attributes:
+        audio: (T,) int16.
+        f0: (frames,) float32, with T // hop_length frames.
+        mel: (frames, n_mels) float32, where one was given.
+    """
 
     facts: ClipFacts
     audio: np.ndarray
     f0: np.ndarray
+    mel: np.ndarray | None
 
 
 class Refusal(BaseModel):
@@ -77,6 +104,25 @@ class Refusal(BaseModel):
     detail: str
 
 
+class GivenMel(NamedTuple):
+    """The mel that an acoustic model wrote for a recording, to train on in place of its own.
+
+    Attributes:
+        stem: the file without its suffix, the first of `MEL_SUFFIXES` that is there.
+        n_mels: bands that it must have.
+        extra_frames: frames that it has beyond the recording's whole hops: one if centred.
+    """
+
+    stem: Path
+    n_mels: int
+    extra_frames: int
+
+    def path(self) -> Path | None:
+        """The file, if there is one."""
+        paths = [Path(f"{self.stem}{suffix}") for suffix in MEL_SUFFIXES]
+        return next((path for path in paths if path.is_file()), None)
+
+
 class ClipTask(NamedTuple):
     """A recording to be read, and where its result goes.
 
@@ -86,6 +132,7 @@ class ClipTask(NamedTuple):
         parts: folder of results.
         sample_rate: of the cache, in Hz.
         hop_length: of the cache, in samples.
+        mel: None to keep no mel.
     """
 
     path: Path
@@ -93,13 +140,23 @@ class ClipTask(NamedTuple):
     parts: Path
     sample_rate: int
     hop_length: int
+    mel: GivenMel | None
 
 
-def clip_key(path: Path, sample_rate: int, hop_length: int, f0_settings: dict) -> str:
-    """A name for what becomes of a file: another one once the file or a setting changes."""
-    status = path.stat()
-    parts = [str(path), status.st_size, status.st_mtime_ns, sample_rate, hop_length, f0_settings]
+def clip_key(
+    path: Path, sample_rate: int, hop_length: int, f0_settings: dict, mel: GivenMel | None
+) -> str:
+    """A name for what becomes of a file: another one once it, its mel or a setting changes."""
+    parts: list[object] = [*_version(path), sample_rate, hop_length, f0_settings]
+    if mel is not None:
+        mel_path = mel.path()
+        parts += [mel.n_mels, mel.extra_frames, mel_path and _version(mel_path)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _version(path: Path) -> list[str | int]:
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]
 
 
 def end_with_parent() -> None:
@@ -128,12 +185,18 @@ def make_part(task: ClipTask) -> None:
         return
     facts = np.frombuffer(result.facts.model_dump_json().encode(), np.uint8)
     with atomic_path(task.parts / f"{task.key}.npz") as temporary:
-        np.savez(temporary, facts=facts, audio=result.audio, f0=result.f0)
+        arrays = {"audio": result.audio, "f0": result.f0}
+        if result.mel is not None:
+            arrays["mel"] = result.mel
+        np.savez(temporary, allow_pickle=False, facts=facts, **arrays)
 
 
 def read_clip(task: ClipTask) -> Clip | Refusal:
     """Reads a recording, measures it, resamples it and tracks its F0."""
     path, hop = task.path, task.hop_length
+    mel = None if task.mel is None else _read_given(task.mel)
+    if isinstance(mel, Refusal):
+        return mel
     try:
         audio, source_rate, notes = read_audio(path)
     except AudioError as error:
@@ -153,6 +216,17 @@ def read_clip(task: ClipTask) -> Clip | Refusal:
         return Refusal(reason="silent", detail=f"{path} is silent: nowhere above -60 dB")
     f0 = track_f0(audio, task.sample_rate, hop)
     samples = to_int16(audio)
+    if task.mel is not None and mel is not None:
+        n_frames, expected = len(mel), len(f0) + task.mel.extra_frames
+        if abs(n_frames - expected) > MOST_FRAMES_OFF:
+            detail = f"{task.mel.path()} has {n_frames} frames, {path} has {expected}"
+            return Refusal(reason="mel length", detail=detail)
+        if n_frames > expected:
+            notes.append(f"mel cut to its audio by {n_frames - expected} frames")
+        if n_frames < len(f0):
+            notes.append(f"audio cut to its mel by {len(f0) - n_frames} frames")
+            samples, f0 = samples[: n_frames * hop], f0[:n_frames]
+        mel = mel[: len(f0)]
     facts = ClipFacts(
         file=str(path),
         key=task.key,
@@ -164,7 +238,23 @@ def read_clip(task: ClipTask) -> Clip | Refusal:
         clipped=clipped,
         notes=tuple(notes),
     )
-    return Clip(facts, samples, f0)
+    return Clip(facts, samples, f0, mel)
+
+
+def _read_given(mel: GivenMel) -> np.ndarray | Refusal:
+    """The given mel, (frames, n_mels) float32."""
+    path = mel.path()
+    if path is None:
+        detail = f"there is no mel {mel.stem} ({', '.join(MEL_SUFFIXES)})"
+        return Refusal(reason="no mel", detail=detail)
+    try:
+        values = read_mel(path)
+    except MelMismatchError as error:
+        return Refusal(reason="bad mel", detail=str(error))
+    if len(values) != mel.n_mels:
+        detail = f"{path} has shape {values.shape}; ({mel.n_mels} bands, frames) is expected"
+        return Refusal(reason="bad mel", detail=detail)
+    return values.T
 
 
 def clipped_share(audio: np.ndarray) -> float:
@@ -199,15 +289,15 @@ def read_result(parts: Path, key: str) -> ClipFacts | Refusal:
         raise _damaged(parts, key) from error
 
 
-def read_arrays(parts: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """The audio (T,) int16 and F0 (frames,) float32 that `make_part` wrote.
+def read_arrays(parts: Path, key: str) -> dict[str, np.ndarray]:
+    """The arrays of a `Clip` that `make_part` wrote, by name: audio, f0, and mel where given.
 
     Raises:
         DataError: the part is missing or damaged.
     """
     try:
         with np.load(parts / f"{key}.npz", allow_pickle=False) as arrays:
-            return arrays["audio"], arrays["f0"]
+            return {name: arrays[name] for name in arrays.files if name != "facts"}
     except _UNREADABLE as error:
         raise _damaged(parts, key) from error
 

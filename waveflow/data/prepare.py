@@ -10,7 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,6 +28,7 @@ from waveflow.data.cache import (
     AUDIO_FILE,
     F0_FILE,
     MANIFEST_FILE,
+    MEL_FILE,
     REPORT_FILE,
     CachedClip,
     F0Settings,
@@ -38,6 +39,7 @@ from waveflow.data.cache import (
 from waveflow.data.clips import (
     ClipFacts,
     ClipTask,
+    GivenMel,
     Refusal,
     clip_key,
     end_with_parent,
@@ -61,6 +63,7 @@ def prepare(
     force: bool = False,
     n_shards: int = 1,
     wait: Callable[[], int] = lambda: 0,
+    mels: Path | None = None,
 ) -> PrepareReport:
     """Reads corpora, resamples them, tracks F0, and writes a training cache.
 
@@ -81,13 +84,17 @@ def prepare(
             is number 0, which joins what the others (`prepare_shard`) have made.
         wait: called after this process's share; when the others are done too, it returns how many
             recordings these have kept from before.
+        mels: folder of the mels (n_mels, frames), natural logarithms, that an acoustic model
+            wrote along the recordings of one corpus, ID.npy, ID.npz or ID.pt. Training then takes
+            these. What a mel or its audio has beyond the other, up to `MOST_FRAMES_OFF` frames,
+            is cut off.
 
     Raises:
-        DataError: a corpus is wrong, no clip is usable, or `out` is something else than a cache or
-            cannot be written.
+        DataError: a corpus or `mels` is wrong, no clip is usable, or `out` is something else than a
+            cache or cannot be written.
         ConfigError: pyworld is not installed.
     """
-    job = _open_job(corpora, out, mel, force, is_first=True)
+    job = _open_job(corpora, out, mel, force, mels, is_first=True)
     with _writing(job.out):
         kept = job.make_parts(0, n_shards, progress, workers)
         return _join(job, kept + wait())
@@ -100,6 +107,7 @@ def prepare_shard(
     shard: tuple[int, int],
     workers: int | None = None,
     force: bool = False,
+    mels: Path | None = None,
 ) -> int:
     """Does the share (number from 1 on, number of shares) of a `prepare` with as many shards.
 
@@ -108,7 +116,7 @@ def prepare_shard(
     Returns:
         How many recordings of the share were done before.
     """
-    job = _open_job(corpora, out, mel, force, is_first=False)
+    job = _open_job(corpora, out, mel, force, mels, is_first=False)
     with _writing(job.out):
         return job.make_parts(*shard, None, workers)
 
@@ -118,6 +126,7 @@ class _Source(NamedTuple):
 
     corpus: str
     clip: CorpusClip
+    mel: GivenMel | None
     key: str
 
 
@@ -134,6 +143,7 @@ class _Job:
 
     out: Path
     mel: MelConfig
+    with_mels: bool
     sources: list[_Source]
     ignored: list[LeftOut]
     earlier: _Earlier | None
@@ -156,11 +166,13 @@ class _Job:
         self, index: int, n_shards: int, progress: Progress | None, workers: int | None
     ) -> int:
         """Does what is not done of the share `index` of `n_shards`; returns how much was done."""
-        share = {source.key: source.clip.path for source in self.sources[index::n_shards]}
+        share = {source.key: source for source in self.sources[index::n_shards]}
         done = share.keys() & self.done()
         rate, hop = self.mel.sample_rate, self.mel.hop_length
         todo = [
-            ClipTask(p, key, self.parts, rate, hop) for key, p in share.items() if key not in done
+            ClipTask(source.clip.path, key, self.parts, rate, hop, source.mel)
+            for key, source in share.items()
+            if key not in done
         ]
         self.parts.mkdir(parents=True, exist_ok=True)
         with closing(_map(make_part, todo, workers or os.cpu_count() or 1)) as results:
@@ -175,16 +187,23 @@ class _Job:
             return self.earlier.clips[key][1]
         return read_result(self.parts, key)
 
-    def arrays(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Audio and F0 of a recording that was taken."""
+    def arrays(self, key: str) -> dict[str, np.ndarray]:
+        """The arrays of a recording that was taken, by the file of the cache they belong in."""
         if self.earlier is not None and key in self.earlier.clips:
-            clip = self.earlier.clips[key][0]
-            return self.earlier.cache.audio(clip), self.earlier.cache.f0(clip)
-        return read_arrays(self.parts, key)
+            clip, cache = self.earlier.clips[key][0], self.earlier.cache
+            arrays = {AUDIO_FILE: cache.audio(clip), F0_FILE: cache.f0(clip)}
+            mel = cache.mel(clip)
+            return arrays if mel is None else arrays | {MEL_FILE: mel}
+        return {f"{name}.npy": array for name, array in read_arrays(self.parts, key).items()}
 
 
 def _open_job(
-    corpora: Sequence[Path], out: Path, mel: MelConfig, force: bool, is_first: bool
+    corpora: Sequence[Path],
+    out: Path,
+    mel: MelConfig,
+    force: bool,
+    mels: Path | None,
+    is_first: bool,
 ) -> _Job:
     out = Path(out).resolve()
     _check_replaceable(out)
@@ -193,19 +212,28 @@ def _open_job(
         raise DataError("no corpus is given: name at least one folder")
     if len(set(paths)) < len(paths):
         raise DataError(f"a corpus is given twice: {', '.join(map(str, corpora))}")
+    if mels is not None:
+        mels = Path(mels).resolve()
+        if not mels.is_dir():
+            raise DataError(f"no such folder of mels: {mels}")
+        if len(paths) > 1:
+            raise DataError(f"mels go with one corpus, and {len(paths)} are given")
     folders = [unpack(path, out.parent, is_first) if path.is_file() else path for path in paths]
     read = [read_corpus(folder) for folder in folders]
     settings = F0Settings().model_dump()
+    extra_frames = int(mel.padding == "center")
     sources, ignored = [], []
     for name, corpus in zip(_distinct_names(read, folders), read, strict=True):
         for clip in corpus.clips:
-            key = clip_key(clip.path, mel.sample_rate, mel.hop_length, settings)
-            sources.append(_Source(name, clip, key))
+            given = None if mels is None else GivenMel(mels / clip.id, mel.n_mels, extra_frames)
+            key = clip_key(clip.path, mel.sample_rate, mel.hop_length, settings, given)
+            sources.append(_Source(name, clip, given, key))
         ignored += [
             LeftOut(file=str(path), corpus=name, reason="ignored", detail=f"{path}: {why}")
             for path, why in corpus.ignored
         ]
-    return _Job(out, mel, sources, ignored, None if force else _earlier(out), force)
+    earlier = None if force else _earlier(out)
+    return _Job(out, mel, mels is not None, sources, ignored, earlier, force)
 
 
 def _check_replaceable(out: Path) -> None:
@@ -214,7 +242,7 @@ def _check_replaceable(out: Path) -> None:
     if not out.is_dir():
         raise DataError(f"{out} is a file: name a folder for the cache")
     names = {path.name for path in out.iterdir()}
-    ours = {AUDIO_FILE, F0_FILE, MANIFEST_FILE, REPORT_FILE}
+    ours = {AUDIO_FILE, F0_FILE, MEL_FILE, MANIFEST_FILE, REPORT_FILE}
     if names and (MANIFEST_FILE not in names or names - ours):
         raise DataError(f"{out} holds something else than a training cache: name another folder")
 
@@ -322,18 +350,26 @@ def _write_cache(job: _Job, clips: list[CachedClip], report: PrepareReport) -> N
     for folder in (built, replaced):
         shutil.rmtree(folder, ignore_errors=True)
     built.mkdir()
-    with (
-        _GrowingArray(built / AUDIO_FILE, np.dtype(np.int16)) as audio,
-        _GrowingArray(built / F0_FILE, np.dtype(np.float32)) as f0,
-    ):
+    formats: dict[str, tuple[type, tuple[int, ...]]] = {
+        AUDIO_FILE: (np.int16, ()),
+        F0_FILE: (np.float32, ()),
+    }
+    if job.with_mels:
+        formats[MEL_FILE] = (np.float32, (job.mel.n_mels,))
+    with ExitStack() as stack:
+        arrays = {
+            name: stack.enter_context(_GrowingArray(built / name, np.dtype(dtype), row))
+            for name, (dtype, row) in formats.items()
+        }
         for facts in report.clips:
-            for array, piece in zip((audio, f0), job.arrays(facts.key), strict=True):
-                array.append(piece)
+            for name, piece in job.arrays(facts.key).items():
+                arrays[name].append(piece)
     manifest = Manifest(
         sample_rate=job.mel.sample_rate,
         hop_length=job.mel.hop_length,
         f0=F0Settings(),
-        sha256={name: file_sha256(built / name) for name in (AUDIO_FILE, F0_FILE)},
+        n_mels=job.mel.n_mels if job.with_mels else None,
+        sha256={name: file_sha256(built / name) for name in formats},
         clips=tuple(clips),
     )
     for name, content in ((MANIFEST_FILE, manifest), (REPORT_FILE, report)):
@@ -356,11 +392,12 @@ def _map(
 
 
 class _GrowingArray:
-    """A one-dimensional `.npy` file that is written piece by piece."""
+    """A `.npy` file that is written piece by piece, in rows of one shape (() for numbers)."""
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
+    def __init__(self, path: Path, dtype: np.dtype, row: tuple[int, ...]) -> None:
         self.length = 0
         self._dtype = dtype
+        self._row = row
         self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
         self._write_header()
 
@@ -386,6 +423,6 @@ class _GrowingArray:
         header = {
             "descr": npy_format.dtype_to_descr(self._dtype),
             "fortran_order": False,
-            "shape": (self.length,),
+            "shape": (self.length, *self._row),
         }
         npy_format.write_array_header_1_0(self._file, header)

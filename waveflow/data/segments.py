@@ -20,10 +20,12 @@ class Batch(NamedTuple):
         audio: (B, (segment_frames + 2 * margin_frames) * hop_length) float32 in [-1, 1].
         f0: (B, segment_frames) float32, Hz at the centre of each hop of the segment, 0 where
             unvoiced.
+        mel: (B, n_mels, segment_frames) float32 natural logarithms, where the cache was given mels.
     """
 
     audio: Tensor
     f0: Tensor
+    mel: Tensor | None
 
 
 class SegmentSampler:
@@ -35,20 +37,23 @@ class SegmentSampler:
     Each item is a segment that starts at a multiple of the hop, with `mel_config.margin_frames`
     hops of its surroundings on either side so that the segment's mel can be computed without edge
     effects. Beyond a clip's ends there is digital silence. Every sample is dequantised by uniform
-    noise one 16-bit step wide, and the whole is multiplied by a random gain.
+    noise one 16-bit step wide, and the whole is multiplied by a random gain. A mel that the cache
+    was given gets the same gain, and is at the logarithm's floor beyond a clip's ends.
 
     Args:
         cache: where the clips are.
         segment_frames: length of a segment in hops.
         batch_size: number of segments in a batch.
-        mel_config: must have the cache's sample rate and hop length.
+        mel_config: must have the cache's sample rate and hop length, and as many bands as the
+            mels that it was given.
         seed: makes one sequence of batches differ from another.
         gain_range: lowest and highest gain, drawn log-uniformly; an item whose peak would pass 1
             gets the gain that takes it to 1.
         items: those of the batch that are wanted, of several processes that draw it together.
 
     Raises:
-        DataError: the cache has no training clips, or another sample rate or hop length.
+        DataError: the cache has no training clips, or another sample rate, hop length or number
+            of bands.
         ConfigError: a size or the gain range is not positive or not in order.
 
     Example:
@@ -79,13 +84,18 @@ class SegmentSampler:
                 f"{cache.folder} has sample rate {cache.sample_rate} and hop {cache.hop_length},"
                 f" the mel has {expected[0]} and {expected[1]}: run waveflow prepare again"
             )
+        if cache.manifest.n_mels not in (None, mel_config.n_mels):
+            raise DataError(
+                f"{cache.folder} was given mels of {cache.manifest.n_mels} bands, the recipe's"
+                f" mel has {mel_config.n_mels}: run waveflow prepare again"
+            )
         self._clips = cache.clips("train")
         if not self._clips:
             raise DataError(f"{cache.folder} has no training clips: all are kept for validation")
         self._cache = cache
         self._segment_frames = segment_frames
         self._batch_size = batch_size
-        self._margin_frames = mel_config.margin_frames
+        self._mel_config = mel_config
         self._seed = seed
         self._items = items
         self._log_gain_range = (math.log(gain_range[0]), math.log(gain_range[1]))
@@ -105,23 +115,41 @@ class SegmentSampler:
         gains = np.exp(rng.uniform(*self._log_gain_range, size=self._batch_size))
 
         hop = self._cache.hop_length
-        length = (self._segment_frames + 2 * self._margin_frames) * hop
+        margin_frames = self._mel_config.margin_frames
+        length = (self._segment_frames + 2 * margin_frames) * hop
         first_item, stop, _ = self._items.indices(self._batch_size)
         clips, positions, gains = clips[self._items], positions[self._items], gains[self._items]
         # A generator cannot leave out the noise of the items before.
         audio = rng.random((stop, length), dtype=np.float32)[first_item:]
         audio -= 0.5
         f0 = np.zeros((len(audio), self._segment_frames), np.float32)
+        mels = []
         for item, (index, position) in enumerate(zip(clips, positions, strict=True)):
             clip = self._clips[index]
             start = int(position * (max(clip.frames - self._segment_frames, 0) + 1))
-            first = (start - self._margin_frames) * hop
+            first = (start - margin_frames) * hop
             _add_overlap(audio[item], self._cache.audio(clip), first)
             _add_overlap(f0[item], self._cache.f0(clip), start)
+            given = self._cache.mel(clip)
+            if given is not None:
+                mels.append(given[start : start + self._segment_frames])
         audio *= STEP_16_BIT
         peaks = np.maximum(audio.max(axis=1), -audio.min(axis=1))
-        audio *= np.minimum(gains, 1 / peaks).astype(np.float32)[:, None]
-        return Batch(torch.from_numpy(audio), torch.from_numpy(f0))
+        gains = np.minimum(gains, 1 / peaks).astype(np.float32)
+        audio *= gains[:, None]
+        mel = self._amplified(mels, gains) if mels else None
+        return Batch(torch.from_numpy(audio), torch.from_numpy(f0), mel)
+
+    def _amplified(self, mels: list[np.ndarray], gains: np.ndarray) -> Tensor:
+        """The mels (frames, n_mels) of audio times its gain, (B, n_mels, segment_frames)."""
+        config = self._mel_config
+        floor = np.float32(math.log(config.log_floor))
+        shape = len(mels), config.n_mels, self._segment_frames
+        amplified = np.full(shape, floor, np.float32)
+        for target, mel, gain in zip(amplified, mels, config.power * np.log(gains), strict=True):
+            # A gain takes nothing below the floor; what an acoustic model put there stays.
+            target[:, : len(mel)] = np.maximum(mel + gain, np.minimum(mel, floor)).T
+        return torch.from_numpy(amplified)
 
 
 def _add_overlap(target: np.ndarray, source: np.ndarray, first: int) -> None:

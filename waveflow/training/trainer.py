@@ -40,7 +40,7 @@ from waveflow.checkpoint import (
     run_checkpoints,
     save_checkpoint,
 )
-from waveflow.data.cache import AUDIO_FILE, TrainingCache
+from waveflow.data.cache import AUDIO_FILE, MEL_FILE, TrainingCache
 from waveflow.data.segments import SegmentSampler
 from waveflow.data.statistics import mel_range
 from waveflow.errors import CheckpointError, ConfigError, DataError
@@ -99,6 +99,8 @@ class RunState(BaseModel):
     best: float | None
     best_name: str | None
     audio_sha256: str
+    # Of mels that were given with the audio.
+    mel_sha256: str | None = None
 
 
 class Trainer:
@@ -330,12 +332,17 @@ class Trainer:
         torch.manual_seed(self.recipe.train.seed * 1_000_003 + self.step)
 
     def _batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The audio (B, T), mel (B, M, F) and F0 (B, F) of this process's items of the step."""
+        """The audio (B, T), mel (B, M, F) and F0 (B, F) of this process's items of the step.
+
+        The mel is the one that the cache was given, or that of the audio.
+        """
         batch = self.batches.get(self.step)
         audio, f0 = batch.audio.to(self.device), batch.f0.to(self.device)
         hop, margin = self.recipe.mel.hop_length, self.recipe.mel.margin_frames
         end = margin + self.recipe.train.segment_frames
-        return audio[:, margin * hop : end * hop], self.mel(audio)[:, :, margin:end], f0
+        given = batch.mel
+        mel = self.mel(audio)[:, :, margin:end] if given is None else given.to(self.device)
+        return audio[:, margin * hop : end * hop], mel, f0
 
     def _flow_loss(
         self, audio: Tensor, mel: Tensor, share: Share, levels: Tensor | None
@@ -428,6 +435,7 @@ class Trainer:
             best=self.best,
             best_name=self.best_name,
             audio_sha256=self.cache.manifest.sha256[AUDIO_FILE],
+            mel_sha256=self.cache.manifest.sha256.get(MEL_FILE),
         )
         extra = {
             TRAINING: save_safetensors({k: v.cpu().contiguous() for k, v in tensors.items()}),
@@ -511,7 +519,8 @@ class Trainer:
             state = RunState.model_validate_json(files[STATE])
         except ValidationError as error:
             raise CheckpointError(f"{folder / STATE}: {first_problem(error)}") from error
-        if state.audio_sha256 != self.cache.manifest.sha256[AUDIO_FILE]:
+        hashes = self.cache.manifest.sha256
+        if (state.audio_sha256, state.mel_sha256) != (hashes[AUDIO_FILE], hashes.get(MEL_FILE)):
             raise ConfigError(f"{self.cache.folder} is not the data of the run in {self.out}")
         config = parse_config(files[CONFIG], folder / CONFIG)
         if (config.model, config.mel) != (self.recipe.model, self.recipe.mel):

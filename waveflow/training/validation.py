@@ -72,7 +72,12 @@ def score_clips(
             continue
         length = clip.frames * cache.hop_length
         audio = dequantise(torch.from_numpy(samples), index)[:length].to(device)
-        cond = flow.condition(mel(audio[None])[..., : clip.frames])
+        given = cache.mel(clip)
+        if given is None:
+            frames = mel(audio[None])[..., : clip.frames]
+        else:
+            frames = torch.from_numpy(given.T[None].copy()).to(device)
+        cond = flow.condition(frames)
         cond = cond.crop(length // flow.channels)
         with record_step_log_dets(steps) as log_dets:
             log_prob, z = flow.log_prob(audio[None], cond)
