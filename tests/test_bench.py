@@ -48,7 +48,7 @@ from waveflow.bench.subjects import (
 )
 from waveflow.cli.main import main
 from waveflow.engine.cost import count_parameters
-from waveflow.engine.packed import with_packed_linears
+from waveflow.engine.fast.packed import with_packed_linears
 from waveflow.metrics.spectral import signal_to_noise_db
 from waveflow.models.waveglow import WaveGlowConfig
 from waveflow.nn.wavenet import WaveNet

@@ -29,8 +29,8 @@ from waveflow.cli.convert import Lineage as CliLineage
 from waveflow.cli.main import main
 from waveflow.errors import CheckpointError
 from waveflow.foreign import sandbox
-from waveflow.foreign.lineage import Converted, Lineage, convert
-from waveflow.models.nvidia import nvidia_names
+from waveflow.foreign.convert import Converted, Lineage, convert
+from waveflow.foreign.nvidia import nvidia_names
 from waveflow.models.waveglow import WaveGlowConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"

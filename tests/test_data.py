@@ -14,8 +14,8 @@ import torch
 from waveflow.audio.mel import MelConfig
 from waveflow.data import clips as clips_module
 from waveflow.data.cache import TrainingCache
+from waveflow.data.corpus import read_corpus, val_ids
 from waveflow.data.f0 import track_f0
-from waveflow.data.ljspeech import read_corpus, val_ids
 from waveflow.data.prepare import prepare
 from waveflow.data.segments import SegmentSampler
 from waveflow.errors import ConfigError, DataError

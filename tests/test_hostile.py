@@ -24,7 +24,7 @@ from waveflow.audio.io import read_mel
 from waveflow.cli.main import main
 from waveflow.errors import CheckpointError, MelMismatchError
 from waveflow.foreign import reader, unpickle
-from waveflow.foreign.lineage import convert
+from waveflow.foreign.convert import convert
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXTENSION = 0xF7

@@ -8,7 +8,7 @@ import torch
 
 from waveflow.audio.mel import MelConfig
 from waveflow.bijections import Coupling
-from waveflow.engine.int8 import Int8Decoder, int8_decoder, speech_like_mel
+from waveflow.engine.fast.int8 import Int8Decoder, int8_decoder, speech_like_mel
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.metrics.spectral import signal_to_noise_db

@@ -12,9 +12,9 @@ from torch import Tensor
 from waveflow.audio.mel import MEL_PRESETS
 from waveflow.bijections import Affine, Coupling
 from waveflow.engine import product
-from waveflow.engine.low_rank import Steering
-from waveflow.engine.product import Product
-from waveflow.engine.rows import RowsWaveGlow
+from waveflow.engine.fast.low_rank import Steering
+from waveflow.engine.fast.product import Product
+from waveflow.engine.fast.rows import RowsWaveGlow
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.metrics.spectral import signal_to_noise_db

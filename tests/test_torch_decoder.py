@@ -7,8 +7,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from waveflow.audio.mel import MEL_PRESETS
 from waveflow.engine import product
-from waveflow.engine.packed import PackedLinear
-from waveflow.engine.torch_decoder import TorchDecoder, _padded
+from waveflow.engine.fast.packed import PackedLinear
+from waveflow.engine.fast.torch_decoder import TorchDecoder, _padded
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.models.frameglow import FrameGlowConfig

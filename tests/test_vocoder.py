@@ -19,7 +19,7 @@ import waveflow
 from waveflow.audio.mel import MEL_PRESETS, MelConfig
 from waveflow.checkpoint import ModelConfig, Provenance, SynthesisConfig
 from waveflow.engine import decoder as engine_decoder
-from waveflow.engine.torch_decoder import TorchDecoder
+from waveflow.engine.fast.torch_decoder import TorchDecoder
 from waveflow.engine.vocoder import Vocoder, VocoderWarning, load
 from waveflow.errors import AudioError, CheckpointError, ConfigError, MelMismatchError
 from waveflow.models.frameglow import FrameGlowConfig

@@ -20,7 +20,7 @@ from torch import Tensor
 from waveflow.bijections import Chain, Coupling, InvertibleConv1x1, InvertibleConv1x1PLU
 from waveflow.errors import CheckpointError
 from waveflow.flow import Flow
-from waveflow.models.nvidia import from_nvidia, load_nvidia_state_dict, nvidia_names
+from waveflow.foreign.nvidia import from_nvidia, load_nvidia_state_dict, nvidia_names
 from waveflow.models.waveglow import WaveGlowConfig, waveglow
 from waveflow.nn.wavenet import WaveNet
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from waveflow.engine.product import Product
+from waveflow.engine.fast.product import Product
 
 # Rows, inner and columns, as of a coupling network over a block of rows.
 MATMUL_SHAPE = (1024, 768, 512)

@@ -12,7 +12,7 @@ from waveflow.audio.mel import MelSpectrogram
 from waveflow.bench.benchmark import Contender
 from waveflow.bench.figures import Quality
 from waveflow.bench.subjects import FlowSystem
-from waveflow.data.ljspeech import read_corpus
+from waveflow.data.corpus import read_corpus
 from waveflow.engine.vocoder import VocoderWarning
 from waveflow.errors import ConfigError, DataError
 from waveflow.metrics.quality import FloatArray, pesq_wb

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from waveflow.audio.io import read_mel
 from waveflow.audio.mel import MEL_PRESETS, MelConfig
 from waveflow.bench.peers import Peer, Vocos, griffin_lim_peer
-from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint
+from waveflow.checkpoint import ModelConfig, load_checkpoint
 from waveflow.engine.contract import Decoder
 from waveflow.engine.cost import COUNTED_FRAMES, PLAIN_LEVEL, macs_per_frame, macs_per_second, tiled
 from waveflow.engine.decoder import Precision, make_decoder
-from waveflow.engine.packed import with_packed_linears
-from waveflow.engine.vocoder import Vocoder
+from waveflow.engine.fast.packed import with_packed_linears
+from waveflow.engine.vocoder import Vocoder, example_mel
 from waveflow.errors import CheckpointError
 from waveflow.flow import Flow
 from waveflow.models.registry import build_flow
@@ -170,11 +169,9 @@ def speech_mel(mel_config: MelConfig, n_frames: int, batch: int) -> Tensor:
 
     The example that the default model comes with, if it has as many bands, else a constant.
     """
-    mel = torch.full((mel_config.n_mels, 1), PLAIN_LEVEL)
-    if DEFAULT_MODEL in list_models():
-        path = find_model() / EXAMPLE
-        example = torch.from_numpy(read_mel(path)) if path.is_file() else mel
-        mel = example if len(example) == mel_config.n_mels else mel
+    mel = example_mel(find_model()) if DEFAULT_MODEL in list_models() else None
+    if mel is None or len(mel) != mel_config.n_mels:
+        mel = torch.full((mel_config.n_mels, 1), PLAIN_LEVEL)
     return tiled(mel, n_frames).expand(batch, -1, -1).contiguous()
 
 

@@ -9,11 +9,11 @@ import typer
 from waveflow.errors import ConfigError
 
 if TYPE_CHECKING:
-    from waveflow.foreign.lineage import Converted
+    from waveflow.foreign.convert import Converted
 
 
 class Lineage(StrEnum):
-    """The values of `waveflow.foreign.lineage.Lineage`, which --help must not import."""
+    """The values of `waveflow.foreign.convert.Lineage`, which --help must not import."""
 
     auto = "auto"
     glow = "glow"
@@ -55,7 +55,7 @@ def convert(
       waveflow vocode mel.npy -o out.wav --model waveglow
     """
     from waveflow.checkpoint import save_checkpoint
-    from waveflow.foreign.lineage import convert as read
+    from waveflow.foreign.convert import convert as read
 
     _check_new(out)
     converted = read(checkpoint, config, lineage.value)

@@ -14,7 +14,7 @@ import typer
 
 from waveflow.cli.console import note
 from waveflow.cli.options import check_writable
-from waveflow.cli.shards import Group, check_alone, join_group
+from waveflow.cli.shards import ALONE, Group, check_alone, join_group
 from waveflow.errors import AudioError, ConfigError, DataError, MelMismatchError
 
 
@@ -61,7 +61,7 @@ def plan_jobs(
         check_alone(f"the file {source}")
         _check_apart(source, out)
         check_writable(out)
-        return Jobs(source, out, None, 0, Group(0, 1, None))
+        return Jobs(source, out, None, 0, ALONE)
     inputs = list_names(source, suffixes)
     _check_one_to_one(source, inputs, out_suffix)
     _make_folder(out)

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from waveflow.cli.console import note
-from waveflow.cli.shards import Group, join_group
+from waveflow.cli.shards import ALONE, Group, join_group
 from waveflow.errors import ConfigError
 
 if TYPE_CHECKING:
     from waveflow.audio.mel import MelConfig
     from waveflow.data.prepare import PrepareReport
-
-ALONE = Group(rank=0, world_size=1, store=None)
 
 
 def prepare(

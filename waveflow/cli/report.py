@@ -179,15 +179,13 @@ def _facts(vocoder: "Vocoder", model: str | None) -> dict[str, str]:
 
 
 def _speed(vocoder: "Vocoder", model: str | None, threads: int) -> str:
-    import torch
 
-    from waveflow.audio.io import read_mel
     from waveflow.checkpoint import resolve_run
     from waveflow.engine.cost import measure_speed
+    from waveflow.engine.vocoder import example_mel
     from waveflow.pretrained import find_model
 
-    path = resolve_run(find_model(model), "best") / "example.npy"
-    example = torch.from_numpy(read_mel(path)) if path.is_file() else None
+    example = example_mel(resolve_run(find_model(model), "best"))
     speed = measure_speed(vocoder, example, threads=threads)
     return (
         f"{speed.times_real_time:.1f} times real time on {speed.threads} CPU "

@@ -109,6 +109,9 @@ class Group(NamedTuple):
         return [json.loads(data) for data in gathered]
 
 
+ALONE = Group(rank=0, world_size=1, store=None)
+
+
 def join_group() -> Group:
     """Connects the processes that torchrun has started: all of them call it, once, at the start.
 
@@ -116,7 +119,7 @@ def join_group() -> Group:
         ConfigError: the environment makes no sense, or the others cannot be reached.
     """
     rank, world_size = shard()
-    return Group(rank, world_size, _connect() if world_size > 1 else None)
+    return Group(rank, world_size, _connect()) if world_size > 1 else ALONE
 
 
 def merge(shares: Sequence[Sequence[T]]) -> list[T]:

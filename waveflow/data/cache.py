@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from waveflow.audio.f0 import F0_CEILING_HZ, F0_FLOOR_HZ
-from waveflow.data.ljspeech import Split
+from waveflow.data.corpus import Split
 from waveflow.errors import DataError
 
 AUDIO_FILE = "audio.npy"

@@ -47,7 +47,7 @@ from waveflow.data.clips import (
     read_arrays,
     read_result,
 )
-from waveflow.data.ljspeech import Corpus, CorpusClip, read_corpus
+from waveflow.data.corpus import Corpus, CorpusClip, read_corpus
 from waveflow.data.report import LeftOut, PrepareReport, make_report
 from waveflow.errors import DataError
 

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from waveflow.engine.contract import Decoder
+from waveflow.engine.fast.int8 import int8_decoder
+from waveflow.engine.fast.rows import RowsWaveGlow
+from waveflow.engine.fast.torch_decoder import TorchDecoder
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 
@@ -82,18 +85,12 @@ def make_decoder(
             raise ConfigError("int8 needs a calibration mel: give speech in the model's convention")
         if not on_cpu or compile:
             raise ConfigError("int8 runs on a CPU and is not compiled: leave --device, --compile")
-        from waveflow.engine.int8 import int8_decoder
-
         return int8_decoder(flow, calibration_mel)
     if precision == "float16" and on_cpu:
         raise ConfigError("float16 is for GPUs: give float32, bfloat16 or int8 on a CPU")
     dtype = getattr(torch, precision)
-    from waveflow.engine.rows import RowsWaveGlow
-
     if on_cpu and not compile and RowsWaveGlow.takes(flow):
         return RowsWaveGlow(flow, dtype)
-    from waveflow.engine.torch_decoder import TorchDecoder
-
     return TorchDecoder(flow, dtype, compile)
 
 

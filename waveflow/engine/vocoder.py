@@ -25,6 +25,7 @@ from waveflow.engine.decoder import (
     make_decoder,
     weights_version,
 )
+from waveflow.engine.fast.int8 import speech_like_mel
 from waveflow.engine.windows import WINDOW_FRAMES, WindowedSynthesis, window_context
 from waveflow.errors import AudioError, ConfigError, MelMismatchError
 from waveflow.flow import Flow
@@ -463,11 +464,16 @@ def _chosen(flow: Flow, n_mels: int, compile: bool) -> Decoder:
     return decoder
 
 
+def example_mel(folder: Path) -> Tensor | None:
+    """The mel (M, F) of a validation clip in a checkpoint's folder; None where there is none."""
+    # It comes with soundfile, which those who bring their own mels can do without.
+    from waveflow.audio.io import read_mel
+
+    path = folder / EXAMPLE
+    return torch.from_numpy(read_mel(path)) if path.is_file() else None
+
+
 def _calibration_mel(folder: Path, config: MelConfig) -> Tensor:
     """The example (M, F) that came with a checkpoint, or something like speech."""
-    from waveflow.audio.io import read_mel
-    from waveflow.engine.int8 import speech_like_mel
-
-    if (folder / EXAMPLE).is_file():
-        return torch.from_numpy(read_mel(folder / EXAMPLE))
-    return speech_like_mel(config.n_mels)
+    example = example_mel(folder)
+    return speech_like_mel(config.n_mels) if example is None else example

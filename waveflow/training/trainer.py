@@ -147,7 +147,7 @@ class Trainer:
         self.mel = MelSpectrogram(recipe.mel).to(self.device)
         self.spectral = SpectralDistance(recipe.mel).to(self.device)
         self.share = own_share(config.batch_size)
-        n_items = max(len(range(p.start, p.stop)) for p in self.share.split(config.accumulate))
+        n_items = max(p.stop - p.start for p in self.share.split(config.accumulate))
         self.flow.reversible = choose_reversible(self.flow, recipe, n_items, self.device)
         if config.compile:
             compile_networks(self.flow, self.device)

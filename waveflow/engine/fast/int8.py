@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from waveflow.bijections import Condition, Coupling
 from waveflow.engine.contract import each_item
-from waveflow.engine.int8_graph import LARGEST, Array, Node, RowBlocks, RowGraph
+from waveflow.engine.fast.int8_graph import LARGEST, Array, Node, RowBlocks, RowGraph
 from waveflow.errors import ConfigError
 from waveflow.flow import Conditioner, Flow, reach
 from waveflow.models.frameglow import FrameNetwork

@@ -26,8 +26,8 @@ from waveflow.checkpoint import (
 from waveflow.errors import CheckpointError
 from waveflow.flow import Flow
 from waveflow.foreign.config import mel_config, read_config
+from waveflow.foreign.nvidia import from_nvidia
 from waveflow.foreign.sandbox import Header, read_torch_file
-from waveflow.models.nvidia import from_nvidia
 from waveflow.models.waveglow import WaveGlowConfig
 
 Lineage = Literal["auto", "glow", "glow_old", "dle"]

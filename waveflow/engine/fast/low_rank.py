@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from waveflow.engine.product import Product
+from waveflow.engine.fast.product import Product
 from waveflow.models.waveglow import RepeatedMel, UpsampledMel
 
 # Between the rounding of float32 weights (1e-8 of the largest singular value) and what is heard.

@@ -12,7 +12,7 @@ It computes what `Flow.decode` does and differs from it by rounding alone:
   in its place. A channel of ones carries the bias of `start`: it ends where the signal ends, as
   the zero padding does.
 - tanh(a) = 2 sigmoid(2 a) - 1: one function for both halves of the gate, and the faster one.
-- The condition is added layer by layer, at the rank that `engine.low_rank` finds.
+- The condition is added layer by layer, at the rank that `engine.fast.low_rank` finds.
 """
 
 from typing import NamedTuple
@@ -31,8 +31,8 @@ from waveflow.bijections import (
     Squeeze,
 )
 from waveflow.engine.contract import each_item
-from waveflow.engine.low_rank import Steering
-from waveflow.engine.product import Product
+from waveflow.engine.fast.low_rank import Steering
+from waveflow.engine.fast.product import Product
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.models.waveglow import RepeatedMel, UpsampledMel

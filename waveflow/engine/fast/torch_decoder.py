@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from waveflow.bijections import Bijection, Condition, Coupling, InvertibleConv1x1, LappedSqueeze
 from waveflow.bijections.base import zero_log_det
-from waveflow.engine.packed import PackedLinear, twin_of
+from waveflow.engine.fast.packed import PackedLinear, twin_of
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.nn.pitch import PitchHead

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from waveflow.bijections.base import full_precision
-from waveflow.engine.product import Product
+from waveflow.engine.fast.product import Product
 
 # What a product is packed for, four seconds of frames; any length works.
 _USUAL_ROWS = 344
