@@ -10,7 +10,7 @@ import waveflow
 from waveflow.audio.dequantise import dequantise
 from waveflow.engine.vocoder import Vocoder
 from waveflow.metrics.pitch import voicing
-from waveflow.pretrained import DEFAULT_MODEL, find_model
+from waveflow.pretrained import DEFAULT_MODEL, model_folder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -27,7 +27,7 @@ def speech() -> torch.Tensor:
 
 
 def test_it_is_small_and_says_where_it_comes_from(vocoder: Vocoder) -> None:
-    folder = find_model()
+    folder = model_folder()
     assert sum(path.stat().st_size for path in folder.iterdir()) < 20e6
     assert (folder / "README.md").is_file()
     assert DEFAULT_MODEL in waveflow.list_models()
@@ -39,7 +39,7 @@ def test_it_is_small_and_says_where_it_comes_from(vocoder: Vocoder) -> None:
 
 
 def test_the_example_becomes_speech_of_that_mel(vocoder: Vocoder) -> None:
-    mel = torch.from_numpy(np.load(find_model() / "example.npy"))
+    mel = torch.from_numpy(np.load(model_folder() / "example.npy"))
     wav = vocoder(mel)
     assert wav.shape == (mel.shape[1] * 256,) and wav.dtype == torch.float32
     # The card gives 0.11 on validation clips; a broken front end or flow is far above 0.3.

@@ -25,7 +25,7 @@ from waveflow.errors import AudioError, CheckpointError, ConfigError, MelMismatc
 from waveflow.models.frameglow import FrameGlowConfig
 from waveflow.models.registry import build_flow
 from waveflow.models.waveglow import WaveGlowConfig
-from waveflow.pretrained import find_model, list_models
+from waveflow.pretrained import model_folder, list_models
 
 HOP = 256
 
@@ -372,9 +372,9 @@ def test_load_takes_names_folders_and_runs(tiny_model: Path, tmp_path: Path) -> 
     assert vocoder.mel_config == MEL_PRESETS["hifigan"]
     assert vocoder.device == torch.device("cpu")
     assert not vocoder.flow.training
-    assert find_model(tiny_model) == tiny_model
+    assert model_folder(tiny_model) == tiny_model
     for name in list_models():
-        assert find_model(name).name == name
+        assert model_folder(name).name == name
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "no/such/folder"])

@@ -279,9 +279,9 @@ def test_the_shipped_model_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shipped_mel(vocoder: Vocoder, n_frames: int) -> Tensor:
-    from waveflow.pretrained import find_model
+    from waveflow.pretrained import model_folder
 
-    example = np.load(find_model(None) / "example.npy", allow_pickle=False)
+    example = np.load(model_folder(None) / "example.npy", allow_pickle=False)
     mel = torch.from_numpy(example).float()
     return mel.repeat(1, -(-n_frames // mel.shape[1]))[:, :n_frames]
 
@@ -465,10 +465,10 @@ vocoder = Vocoder(ModelConfig(model=sizes, mel=MEL_PRESETS["nvidia"]), waveglow(
 """
 MEASURE = """
 import numpy as np, resource, torch, waveflow
-from waveflow.pretrained import find_model
+from waveflow.pretrained import model_folder
 torch.set_num_threads(1)
 {vocoder}
-example = torch.from_numpy(np.load(find_model(None) / "example.npy", allow_pickle=False))
+example = torch.from_numpy(np.load(model_folder(None) / "example.npy", allow_pickle=False))
 mel = example.repeat(1, -(-{n_frames} // example.shape[1]))[:, :{n_frames}].contiguous()
 vocoder(mel[:, :50])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

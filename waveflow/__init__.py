@@ -13,22 +13,53 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from waveflow.audio.mel import MelConfig, MelSpectrogram
-    from waveflow.engine.vocoder import Vocoder, load
+    from waveflow.bijections import check_bijection
+    from waveflow.engine.options import Speech, SynthesisOptions
+    from waveflow.engine.vocoder import Vocoder, VocoderWarning, load
+    from waveflow.flow import Conditioner, Flow
+    from waveflow.models.registry import FlowConfig, register
     from waveflow.pretrained import list_models
 
 __version__ = "0.1.0"
-__all__ = ["MelConfig", "MelSpectrogram", "Vocoder", "__version__", "list_models", "load"]
 
 _WHERE = {
+    "Conditioner": "waveflow.flow",
+    "Flow": "waveflow.flow",
+    "FlowConfig": "waveflow.models.registry",
     "MelConfig": "waveflow.audio.mel",
     "MelSpectrogram": "waveflow.audio.mel",
+    "Speech": "waveflow.engine.options",
+    "SynthesisOptions": "waveflow.engine.options",
     "Vocoder": "waveflow.engine.vocoder",
+    "VocoderWarning": "waveflow.engine.vocoder",
+    "check_bijection": "waveflow.bijections",
     "list_models": "waveflow.pretrained",
     "load": "waveflow.engine.vocoder",
+    "register": "waveflow.models.registry",
 }
+__all__ = [
+    "Conditioner",
+    "Flow",
+    "FlowConfig",
+    "MelConfig",
+    "MelSpectrogram",
+    "Speech",
+    "SynthesisOptions",
+    "Vocoder",
+    "VocoderWarning",
+    "__version__",
+    "check_bijection",
+    "list_models",
+    "load",
+    "register",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'waveflow' has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

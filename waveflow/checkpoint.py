@@ -22,7 +22,7 @@ from torch import Tensor
 from waveflow.audio.mel import MelConfig
 from waveflow.errors import CheckpointError
 from waveflow.flow import Flow
-from waveflow.models.registry import FlowConfig, build_flow
+from waveflow.models.registry import AnyFlowConfig, build_flow, first_problem
 
 FORMAT = 1
 # The mel of a validation clip, with a model that ships.
@@ -81,7 +81,7 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = FORMAT
-    model: FlowConfig
+    model: AnyFlowConfig
     mel: MelConfig
     synthesis: SynthesisConfig = SynthesisConfig()
     provenance: Provenance = Provenance()
@@ -251,15 +251,6 @@ def load_weights(flow: Flow, weights: dict[str, Tensor], source: Path) -> None:
         if not torch.isfinite(fitted[name]).all():
             raise CheckpointError(f"{source}: {name} holds values that are not finite")
     flow.load_state_dict(fitted)
-
-
-def first_problem(error: ValidationError) -> str:
-    """A pydantic error as `field: message (got value)`, the first of them."""
-    problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"]) or "config"
-    given = repr(problem.get("input"))
-    given = given if len(given) <= 60 else given[:57] + "..."
-    return f"{field}: {problem['msg']} (got {given})"
 
 
 def _read(folder: Path, name: str) -> bytes:

@@ -13,7 +13,8 @@ def standard_normal_log_prob(z: Tensor, mask: Tensor | None = None) -> Tensor:
     """log N(z; 0, 1) in nats, (B,): summed over C and L of z (B, C, L), valid positions only."""
     log_prob = -0.5 * (z.square() + math.log(2 * math.pi))
     if mask is not None:
-        log_prob = log_prob * mask.to(log_prob.dtype)
+        # Selected, not multiplied: padding may hold NaN.
+        log_prob = log_prob.masked_fill(mask == 0, 0.0)
     return log_prob.sum((1, 2))
 
 
@@ -22,11 +23,10 @@ def draw_noise(
 ) -> Tensor:
     """Standard normal noise (B, n_frames hop_length), float32, on the CPU; a row for each seed.
 
-    It is the noise of an utterance from `first_frame` on, so that it can be drawn in pieces.
-
-    Drawn in fixed blocks of frames, each from a generator seeded by (seed, block), because
-    `torch.randn` of one length is no prefix of a longer draw. So place in a batch, length,
-    chunking and device do not change an item's noise.
+    It is the noise of an utterance from `first_frame` on, so that it can be drawn in pieces. An
+    item's noise does not depend on its place in a batch, its length, the pieces or the device:
+    each block of frames has a generator of its own, seeded by (seed, block). (`torch.randn` of
+    one length is no prefix of a longer draw.)
     """
     last_frame = first_frame + n_frames
     blocks = range(first_frame // NOISE_BLOCK_FRAMES, -(-last_frame // NOISE_BLOCK_FRAMES))

@@ -27,3 +27,7 @@ class ConfigError(WaveflowError):
 
 class DataError(WaveflowError):
     """A corpus or training cache that is missing, empty or inconsistent."""
+
+
+class ContractError(WaveflowError):
+    """A bijection that does not keep its promises (`check_bijection`)."""

@@ -1,39 +1,67 @@
 """Flow: a bijection, the condition that steers it, and a standard normal at its end."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from waveflow.bijections.base import Bijection, Condition
-from waveflow.bijections.reversible import Reversible
+from waveflow.bijections.base import Bijection, Condition, zero_padding
+from waveflow.context import Context, context_of
 from waveflow.distributions import draw_noise, standard_normal_log_prob
+from waveflow.errors import ConfigError
+
+# What a stream carries from a window to the next: None, a tensor with the batch first, or a tuple
+# of them. Only the conditioner that made it looks inside.
+State = Any
 
 
 class Conditioner(nn.Module):
-    """What makes a condition of a mel: `conditioner(mel (B, M, F), mask (B, 1, F) or None, start)`.
+    """Makes the condition of a mel, F hop_length / channels positions of it.
 
-    A conditioner with a harmonic source has a memory, the source's running phase. In a window
-    that is cut out of an utterance the F0 of the first frames is not yet what it is in the
-    utterance, so `start` (B,), float64, is the phase in cycles where frame `anchor` begins.
-
-    Attributes:
-        context: frames to the left and to the right that a frame of the condition depends on,
-            the running phase aside.
-        anchor: see above; 0 without a source.
+    It declares its `context`, (left, right) frames of the mel around a frame of the condition.
+    A conditioner whose result also depends on all frames before (a harmonic source has a running
+    phase) keeps a state: streams cut a mel into windows and carry it from one to the next.
     """
 
-    context = (0, 0)
-    anchor = 0
+    def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
+        """The condition of mel (B, M, F), valid where mask (B, 1, F) is 1.
 
-    def forward(
-        self, mel: Tensor, mask: Tensor | None = None, start: Tensor | None = None
-    ) -> Condition:
+        `state` belongs to a window that does not begin with its utterance.
+        """
         raise NotImplementedError
 
-    def cycles(self, mel: Tensor, mask: Tensor | None = None) -> Tensor:
-        """By how many cycles (B, F), float64, the phase advances in each frame of a mel."""
-        return torch.zeros(len(mel), mel.shape[2], dtype=torch.float64, device=mel.device)
+    def carry(self, mel: Tensor, mask: Tensor | None, state: State, n_frames: int) -> State:
+        """The state of a window that begins `n_frames` after this one, whose state is `state`.
+
+        n_frames and the context on both sides lie within the mel, or the utterance begins or ends
+        there.
+        """
+        return None
+
+    def random_state(self, n_items: int, device: torch.device) -> State:
+        """A state to train with, where a model should not learn the one of an utterance's start."""
+        return None
+
+
+class Unconditional(Conditioner):
+    """No features at all: the flow is a density of audio alone.
+
+    Args:
+        n_positions: of the condition for each frame.
+    """
+
+    context = Context()
+
+    def __init__(self, n_positions: int) -> None:
+        super().__init__()
+        self.n_positions = n_positions
+
+    def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
+        if mask is not None:
+            mask = mask.repeat_interleave(self.n_positions, 2)
+        return Condition(mel.new_zeros(len(mel), 0, mel.shape[2] * self.n_positions), mask)
 
 
 class Flow(nn.Module):
@@ -48,91 +76,141 @@ class Flow(nn.Module):
     Args:
         bijection: its first step squeezes audio (B, 1, T) to (B, channels, T / channels).
         conditioner: makes the condition, at the resolution after the squeeze, F hop_length /
-            channels positions.
+            channels positions; None for a density of audio alone.
         channels: C of the squeezed signal and of z.
-        hop_length: audio samples for each mel frame, a multiple of `channels`.
+        hop_length: audio samples for each mel frame, a multiple of `channels`; by default equal.
 
-    Attributes:
-        reversible: whether training rebuilds activations instead of keeping them; no part of
-            the model, off at first.
+    Raises:
+        ConfigError: hop_length is no multiple of `channels`, or of the bijection's blocks.
+
+    Example:
+        >>> step = Coupling(nn.Conv1d(1, 2, 1), Affine(), Halves())
+        >>> moons = Flow(Chain(Squeeze(2), step), channels=2)
+        >>> moons(torch.randn(100, 2)).shape, moons.sample(n_items=7).shape
+        (torch.Size([100]), torch.Size([7, 2]))
     """
 
     def __init__(
-        self, bijection: Bijection, conditioner: Conditioner, channels: int, hop_length: int
+        self,
+        bijection: Bijection,
+        conditioner: Conditioner | None = None,
+        channels: int = 1,
+        hop_length: int | None = None,
     ) -> None:
         super().__init__()
+        hop_length = channels if hop_length is None else hop_length
+        for name, size in (("channels", channels), ("blocks", bijection.block)):
+            if hop_length % size:
+                raise ConfigError(
+                    f"hop_length {hop_length} is not a multiple of {size}, the flow's {name}"
+                )
         self.bijection = bijection
-        self.conditioner = conditioner
+        self.conditioner = conditioner or Unconditional(hop_length // channels)
         self.channels = channels
         self.hop_length = hop_length
-        self.reversible = False
 
     @property
-    def transform(self) -> Bijection:
-        """The bijection, as training runs it (`reversible`)."""
-        return Reversible(self.bijection) if self.reversible else self.bijection
+    def context(self) -> Context:
+        """Frames to the left and to the right whose mel and noise a frame of audio depends on.
+
+        Raises:
+            ConfigError: a network, a bijection or the conditioner declares none.
+        """
+        hops = [
+            side if side == math.inf else -(-int(side) // self.hop_length)
+            for side in self.bijection.inverse_context
+        ]
+        return Context(*hops) + context_of(self.conditioner)
 
     @property
-    def context(self) -> tuple[int, int]:
-        """Frames to the left and to the right whose mel and noise a frame of audio depends on."""
-        positions = reach(self.bijection)
-        frames = -(-positions * self.channels // self.hop_length)
-        left, right = self.conditioner.context
-        return frames + left, frames + right
+    def recompute(self) -> bool:
+        """Whether training computes the couplings' networks twice instead of keeping activations.
+
+        Memory then hardly grows with the number of flows, and a step takes about a third longer.
+        """
+        return any(getattr(module, "recompute", False) for module in self.bijection.modules())
+
+    @recompute.setter
+    def recompute(self, wanted: bool) -> None:
+        for module in self.bijection.modules():
+            if hasattr(module, "recompute"):
+                setattr(module, "recompute", wanted)  # noqa: B010
 
     def condition(
-        self, mel: Tensor, lengths: Tensor | None = None, start: Tensor | None = None
+        self, mel: Tensor, lengths: Tensor | None = None, state: State = None
     ) -> Condition:
-        """What the mel (B, M, F) says.
+        """The condition of mel (B, M, F); `lengths` (B,) are the frames of each padded item."""
+        return self.conditioner(mel, _frame_mask(mel, lengths), state)
 
-        `lengths` (B,) are the frames of each padded item, `start` (B,) the running phase of a
-        window out of an utterance (`Conditioner`).
-        """
-        return self.conditioner(mel, _frame_mask(mel, lengths), start)
+    def carry(self, mel: Tensor, lengths: Tensor | None, state: State, n_frames: int) -> State:
+        """The state of a window `n_frames` after this one (`Conditioner.carry`)."""
+        return self.conditioner.carry(mel, _frame_mask(mel, lengths), state, n_frames)
 
-    def cycles(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """By how many cycles (B, F), float64, the phase of the source advances in each frame."""
-        return self.conditioner.cycles(mel, _frame_mask(mel, lengths))
-
-    def forward(self, audio: Tensor, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self, audio: Tensor, mel: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
         """The log-likelihood (B,) of audio (B, T) under mel (B, M, F), nats per sample.
 
-        T is a multiple of `channels` and at most F hop_length; `lengths` (B,) in frames.
+        T is a multiple of `channels` and at most F hop_length; `lengths` (B,) in frames. The mel
+        may be None where there is no conditioner.
         """
-        cond = self.condition(mel, lengths).crop(audio.shape[1] // self.channels)
-        return self.log_prob(audio, cond)[0]
+        cond = self.condition(self._mel(audio, mel), lengths)
+        return self.log_prob(audio, cond.crop(audio.shape[1] // self.channels))[0]
 
     def log_prob(self, audio: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         """Log-likelihood (B,) and z (B, C, L) of audio (B, T) under a condition."""
-        z, log_det = self.transform(audio[:, None], cond)
+        z, log_det = self.bijection(audio[:, None], cond)
         log_prob = standard_normal_log_prob(z, cond.mask) + log_det
         n_samples: Tensor | int = audio.shape[1]
         if cond.mask is not None:
             n_samples = cond.mask.sum((1, 2)) * self.channels
         return log_prob / n_samples, z
 
-    def encode(self, audio: Tensor, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Audio (B, T) to noise (B, C, L)."""
-        cond = self.condition(mel, lengths).crop(audio.shape[1] // self.channels)
-        return _masked(self.bijection(audio[:, None], cond)[0], cond)
+    def encode(
+        self, audio: Tensor, mel: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """Audio (B, T) to noise (B, C, L); arguments as `forward`."""
+        cond = self.condition(self._mel(audio, mel), lengths)
+        cond = cond.crop(audio.shape[1] // self.channels)
+        return zero_padding(self.bijection(audio[:, None], cond)[0], cond.mask)
 
     def decode(
         self,
         z: Tensor,
-        mel: Tensor,
+        mel: Tensor | None = None,
         lengths: Tensor | None = None,
-        start: Tensor | None = None,
+        state: State = None,
     ) -> Tensor:
         """Noise (B, C, L) to audio (B, C L), the exact inverse of `encode`.
 
-        `lengths` (B,) in frames; `start` (B,) as in `condition`.
+        `lengths` (B,) in frames; `state` as in `Conditioner.forward`.
         """
-        cond = self.condition(mel, lengths, start).crop(z.shape[2])
-        x, _ = self.bijection.inverse(_masked(z, cond), cond)
+        cond = self.condition(self._mel(z.flatten(1), mel), lengths, state).crop(z.shape[2])
+        x, _ = self.bijection.inverse(zero_padding(z, cond.mask), cond)
         audio = x[:, 0]
         if cond.mask is not None:
-            audio = audio * cond.mask[:, 0].repeat_interleave(self.channels, 1)
+            mask = cond.mask[:, 0].repeat_interleave(self.channels, 1)
+            audio = zero_padding(audio, mask)
         return audio
+
+    def sample(
+        self,
+        mel: Tensor | None = None,
+        sigma: float = 1.0,
+        seed: int = 0,
+        n_items: int = 1,
+        n_frames: int = 1,
+    ) -> Tensor:
+        """Draws of the density at `sigma`, (B, F hop_length): one for each mel (B, M, F).
+
+        Each item has a seed of its own, `seed` and those after it. Without a mel, `n_items` draws
+        of `n_frames`.
+        """
+        if mel is not None:
+            n_items, n_frames = len(mel), mel.shape[2]
+        noise = self.noise(n_frames, range(seed, seed + n_items))
+        device = next((p.device for p in self.parameters()), noise.device)
+        return self.decode(sigma * noise.to(device), mel)
 
     def noise(self, n_frames: int, seeds: Sequence[int], first_frame: int = 0) -> Tensor:
         """z ~ N(0, 1) of an utterance from a frame on, (B, C, L).
@@ -142,23 +220,21 @@ class Flow(nn.Module):
         samples = draw_noise(n_frames, self.hop_length, seeds, first_frame)
         return samples.reshape(len(seeds), -1, self.channels).transpose(1, 2)
 
-    def prepare_for_inference(self) -> "Flow":
-        """Computes once what synthesis repeats; undone by `train()` and by loading weights."""
-        self.eval()
-        for module in self.bijection.modules():
-            prepare = getattr(module, "prepare_for_inference", None)
-            if prepare is not None:
-                prepare()
-        return self
+    def _mel(self, samples: Tensor, mel: Tensor | None) -> Tensor:
+        """The mel, or one without bands for samples (B, T) where the flow needs none."""
+        if mel is not None:
+            return mel
+        if not isinstance(self.conditioner, Unconditional):
+            raise ConfigError("this flow is steered by a mel: give one")
+        n_frames = -(-samples.shape[1] // self.hop_length)
+        return samples.new_zeros(len(samples), 0, n_frames)
 
 
-def reach(module: nn.Module) -> int:
-    """Positions on each side that a position of the result depends on.
-
-    The sum of the layers' own, as if each saw all that the one before has changed. In all our
-    networks they act one after another.
-    """
-    return sum(getattr(layer, "reach", 0) for layer in module.modules())
+def select_items(state: State, items: Any) -> State:
+    """The state of some items of a batch; `items` is an index of the batch axis."""
+    if isinstance(state, tuple):
+        return tuple(select_items(part, items) for part in state)
+    return None if state is None else state[items]
 
 
 def _frame_mask(mel: Tensor, lengths: Tensor | None) -> Tensor | None:
@@ -167,7 +243,3 @@ def _frame_mask(mel: Tensor, lengths: Tensor | None) -> Tensor | None:
         return None
     frames = torch.arange(mel.shape[2], device=mel.device)
     return (frames < lengths[:, None])[:, None].to(mel.dtype)
-
-
-def _masked(z: Tensor, cond: Condition) -> Tensor:
-    return z if cond.mask is None else z * cond.mask.to(z.dtype)

@@ -12,16 +12,22 @@ def list_models() -> list[str]:
     return sorted(path.parent.name for path in _root().glob("*/config.json"))
 
 
-def find_model(model: str | Path | None = None) -> Path:
+def shipped_model(name: str) -> Path | None:
+    """The folder of a model that ships; None if none has this name."""
+    folder = _root() / name
+    return folder if Path(name).name == name and (folder / "config.json").is_file() else None
+
+
+def model_folder(model: str | Path | None = None) -> Path:
     """The folder of a model: None is the default, else a shipped name or a folder's path.
 
     Raises:
         CheckpointError: neither a shipped model nor a folder.
     """
     name = DEFAULT_MODEL if model is None else str(model)
-    shipped = _root() / name
-    if Path(name).name == name and (shipped / "config.json").is_file():
-        return shipped
+    folder = shipped_model(name)
+    if folder is not None:
+        return folder
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():

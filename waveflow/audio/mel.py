@@ -1,15 +1,15 @@
-"""Mel spectrograms: their settings, their computation, and telling a foreign one by its values."""
+"""Mel spectrograms: their settings and their computation."""
 
-from functools import lru_cache
 from typing import Literal, Self
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from waveflow.audio.stft import Padding, PadMode, edge_padding, hann_window, stft
+from waveflow.audio.stft import Padding, PadMode, edge_padding, hann_values, stft
+from waveflow.buffers import ExactBuffers
 
 
 class MelConfig(BaseModel):
@@ -137,25 +137,11 @@ def mel_filterbank(config: MelConfig) -> np.ndarray:
     return weights
 
 
-@lru_cache(maxsize=64)
-def _projection(
-    config: MelConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[slice, Tensor]:
-    """The bins that any band covers and their weights (bins, n_mels). Cached: do not write."""
-    weights = mel_filterbank(config)
-    used = np.flatnonzero(weights.any(axis=0))
-    bins = slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 1)
-    # A tensor made in inference mode could never be used in training, and this one is kept.
-    with torch.inference_mode(False):
-        projection = torch.from_numpy(np.ascontiguousarray(weights[:, bins].T))
-        return bins, projection.to(device=device, dtype=dtype)
-
-
-class MelSpectrogram(nn.Module):
+class MelSpectrogram(ExactBuffers):
     """Log-mel spectrogram of a batch of audio, differentiable, on any device.
 
-    It has no parameters or buffers and computes in the type of its input: float64 audio gives a
-    true float64 mel; half precision is computed and returned in float32, also under autocast.
+    It computes in the type of its input: float64 audio gives a true float64 mel; half precision
+    is computed and returned in float32, also under autocast.
 
     Example:
         >>> MelSpectrogram(MEL_PRESETS["hifigan"])(torch.zeros(2, 2560)).shape
@@ -165,6 +151,12 @@ class MelSpectrogram(nn.Module):
     def __init__(self, config: MelConfig) -> None:
         super().__init__()
         self.config = config
+        weights = mel_filterbank(config)
+        used = np.flatnonzero(weights.any(axis=0))
+        # The bins that any band covers.
+        self.bins = slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 1)
+        self.register_exact("projection", np.ascontiguousarray(weights[:, self.bins].T))
+        self.register_exact("window", hann_values(config.win_length, config.n_fft))
 
     def forward(self, audio: Tensor) -> Tensor:
         """Natural logarithm of the mel, floored at log(log_floor).
@@ -189,75 +181,17 @@ class MelSpectrogram(nn.Module):
     def spectrum(self, audio: Tensor) -> Tensor:
         """Complex STFT (B, F, n_fft // 2 + 1) of (B, T) in this mel's framing."""
         c = self.config
-        window = hann_window(c.win_length, c.n_fft, audio.dtype, audio.device)
+        window = self.exact("window", audio)
         if c.padding == "hop" and audio.shape[1] < c.hop_length:
             audio = functional.pad(audio, (0, c.hop_length - audio.shape[1]))
         return stft(audio, c.n_fft, c.hop_length, window, c.padding, c.pad_mode)
 
     def of_spectrum(self, spectrum: Tensor) -> Tensor:
         """Linear mel, time-major (B, F, n_mels), of a complex spectrum (B, F, bins)."""
-        bins, projection = _projection(self.config, spectrum.real.dtype, spectrum.device)
-        used = spectrum[..., bins]
+        used = spectrum[..., self.bins]
         energy = used.real.square() + used.imag.square() + self.config.magnitude_floor
+        projection = self.exact("projection", energy)
         if self.config.power == 2:
             return energy @ projection
         # The root's slope is infinite at 0 (digital silence): the clamp gives gradient 0 there.
         return energy.clamp_min(torch.finfo(energy.dtype).tiny).sqrt() @ projection
-
-
-# Share of the known range (log_floor to full voice) that log10 values of speech never sink below,
-# and natural logarithms of speech, even four times louder than usual, do.
-_DARKEST = 0.42
-_FEWEST_FRAMES = 24
-
-
-def describe_foreign_mel(mel: np.ndarray, low: np.ndarray, high: np.ndarray) -> str | None:
-    """Says what a mel looks like if its values cannot be natural logarithms of magnitudes.
-
-    Meant for a warning: it sees values, not history. A plausible mel may still be wrong (other band
-    edges), what is too short to tell passes, and a clip that drowns in noise may be named wrongly.
-    Thresholds were checked on five voices, pieces of 3 frames to whole clips, gains 0.1 to 4.
-
-    Args:
-        mel: (n_mels, F), finite.
-        low: (n_mels,), least value of each band in the model's training data.
-        high: (n_mels,), greatest value.
-
-    Returns:
-        Words such as "log10 instead of the natural logarithm", or None if it is plausible.
-    """
-    least, most, mean = float(mel.min()), float(mel.max()), float(mel.mean())
-    # Even a floor of 1e-10 is -23.03 as a natural logarithm.
-    if least < -24.0:
-        return "decibels instead of the natural logarithm"
-    # All bands of all frames above magnitude 1 would be a full-scale roar.
-    if least >= 0.0:
-        # Linear magnitudes have a few high peaks, a compressed scale is spread over its range.
-        if most <= 1.01 and mean > 0.12 * most:
-            return "normalised to [0, 1]"
-        return "linear magnitude (no logarithm)"
-    # Speech, loud or quiet, has some dark spot (pauses, high bands of vowels) in the lower part of
-    # the known range. A handful of frames need not show one.
-    depth = np.quantile((mel - low[:, None]) / np.maximum(high - low, 1.0)[:, None], 0.005)
-    if depth < _DARKEST or mel.shape[1] < _FEWEST_FRAMES:
-        return None
-    return _describe_shrunk(mel)
-
-
-def _describe_shrunk(mel: np.ndarray) -> str:
-    """Tells log10 from normalised scales, for values too high to be natural logarithms."""
-    least, most, mean = float(mel.min()), float(mel.max()), float(mel.mean())
-    unit_variance = "normalised to zero mean and unit variance"
-    if least >= -1.01 and most <= 1.01:
-        return "normalised to [-1, 1]"
-    if abs(mean) < 0.05 and abs(float(mel.std()) - 1.0) < 0.05:
-        return unit_variance
-    # Normalised decibels are cut at -4 in quiet clips and go beyond 1.4 in loud ones, as log10 of
-    # full-scale speech (e^3.2) never does. Scaled by a corpus' mean and variance, speech has its
-    # floor, where many values lie, near -3, and log10's is at -5 or lower.
-    floored = float((mel <= least + 1e-3).mean()) > 1e-3
-    if -4.01 <= least < -3.3 and most <= 4.01 and (floored or most > 1.4):
-        return "normalised to [-4, 4]"
-    if least < -3.3 or (mean < -1.25 and not floored):
-        return "log10 instead of the natural logarithm"
-    return unit_variance

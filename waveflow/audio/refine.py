@@ -1,13 +1,13 @@
 """Mel refinement: pulls a waveform towards the mel that it was made from, keeping its phase."""
 
-from functools import lru_cache
-
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from waveflow.audio.mel import MelConfig, MelSpectrogram, mel_filterbank
-from waveflow.audio.stft import edge_padding, frame, hann_window, overlap_add, pad_edges
+from waveflow.audio.stft import edge_padding, frame, overlap_add, pad_edges
+from waveflow.buffers import ExactBuffers
+from waveflow.context import Context
 from waveflow.errors import AudioError, MelMismatchError
 
 # A factor of e^6 in one step is more than any sensible start needs; without a bound a silent start
@@ -18,18 +18,7 @@ MAX_LOG_GAIN = 6.0
 MIN_COVERAGE = 0.1
 
 
-@lru_cache(maxsize=32)
-def _band_weights(config: MelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(n_mels, bins): share of each band in each bin's gain, 1 in sum, or 0 where no band is."""
-    weights = mel_filterbank(config)
-    total = weights.sum(axis=0)
-    shares = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-    # A tensor made in inference mode could never be used in training, and this one is kept.
-    with torch.inference_mode(False):
-        return torch.from_numpy(shares).to(device=device, dtype=dtype)
-
-
-class MelRefinement(nn.Module):
+class MelRefinement(ExactBuffers):
     """Repeats: STFT, gain exp(power * W^T (mel - mel of the audio)) in each bin, inverse STFT.
 
     W is the mel filterbank normalised over bands in each bin; bins outside every band keep gain 1.
@@ -47,8 +36,13 @@ class MelRefinement(nn.Module):
         self.spectrogram = MelSpectrogram(mel_config)
         self.power = power
         self.momentum = momentum
+        weights = mel_filterbank(mel_config)
+        total = weights.sum(axis=0)
+        # (n_mels, bins): the share of each band in each bin's gain, in sum 1, or 0 without a band.
+        shares = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+        self.register_exact("shares", shares)
 
-    def context(self, steps: int) -> tuple[int, int]:
+    def context_of_steps(self, steps: int) -> Context:
         """Frames to the left and to the right that a frame of audio depends on after `steps`."""
         config = self.spectrogram.config
         n_fft, hop = config.n_fft, config.hop_length
@@ -58,7 +52,7 @@ class MelRefinement(nn.Module):
             # From the first sample of the first STFT frame that covers `first`, and so on.
             first = ((first + edge - n_fft) // hop + 1) * hop - edge
             last = (last + edge) // hop * hop - edge + n_fft - 1
-        return -(first // hop), last // hop
+        return Context(-(first // hop), last // hop)
 
     @torch.no_grad()
     def forward(
@@ -93,7 +87,7 @@ class MelRefinement(nn.Module):
             )
         if steps == 0:
             return audio
-        items = _Items(config, audio, lengths)
+        items = _Items(config, self.spectrogram.exact("window", audio), audio, lengths)
         # Values under the floor (of a mel with another floor) could never be reached.
         target = mel.to(audio.dtype).clamp_min(float(np.log(config.log_floor))).transpose(1, 2)
         with torch.autocast(audio.device.type, enabled=False):
@@ -111,8 +105,7 @@ class MelRefinement(nn.Module):
         config = self.spectrogram.config
         spectrum = torch.fft.rfft(items.frames(audio))
         mel = self.spectrogram.of_spectrum(spectrum).clamp_min_(config.log_floor).log_()
-        shares = _band_weights(config, audio.dtype, audio.device)
-        log_gain = (target - mel).mul_(self.power / config.power) @ shares
+        log_gain = (target - mel).mul_(self.power / config.power) @ self.exact("shares", audio)
         # gain - 1, so that what is outside every band is left alone to the bit.
         spectrum *= log_gain.clamp_(-MAX_LOG_GAIN, MAX_LOG_GAIN).expm1_()
         return items.combine(torch.fft.irfft(spectrum, config.n_fft))
@@ -121,12 +114,14 @@ class MelRefinement(nn.Module):
 class _Items:
     """Framing of a batch whose items may end before the batch does, and its inverse."""
 
-    def __init__(self, config: MelConfig, audio: Tensor, lengths: Tensor | None) -> None:
+    def __init__(
+        self, config: MelConfig, window: Tensor, audio: Tensor, lengths: Tensor | None
+    ) -> None:
         self.config = config
         self.n_samples = audio.shape[1]
         self.n_frames = self.n_samples // config.hop_length
         self.edge = edge_padding(config.n_fft, config.hop_length, config.padding)
-        self.window = hann_window(config.win_length, config.n_fft, audio.dtype, audio.device)
+        self.window = window
         self.frame_mask: Tensor | None = None
         weights = self.window.square().expand(1, self.n_frames, config.n_fft)
         if lengths is not None:
@@ -153,7 +148,9 @@ class _Items:
         """The audio with zeros beyond each item's end."""
         if self.frame_mask is None:
             return audio
-        return audio * self.inside[:, self.edge : self.edge + self.n_samples]
+        # Selected, not multiplied: padding may hold NaN.
+        inside = self.inside[:, self.edge : self.edge + self.n_samples]
+        return audio.masked_fill(~inside, 0.0)
 
     def frames(self, audio: Tensor) -> Tensor:
         """Windowed frames (B, F, n_fft), each item padded at its own end as it is alone."""

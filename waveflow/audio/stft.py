@@ -2,13 +2,14 @@
 
 "center" pads n_fft / 2 at each side, so that frame f is centred on sample f * hop: F = 1 + T // hop
 (Tacotron 2, librosa). "hop" pads (n_fft - hop) / 2, so that frame f is centred on the middle of hop
-f: F = T // hop (HiFi-GAN). torch.istft refuses the second, hence the overlap-add here.
+f: F = T // hop (HiFi-GAN). torch.istft refuses the second, so the overlap-add is here.
 """
 
-from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,19 +17,21 @@ Padding = Literal["center", "hop"]
 PadMode = Literal["reflect", "constant"]
 
 
-@lru_cache(maxsize=64)
-def hann_window(win_length: int, n_fft: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Periodic Hann window of `win_length` in the middle of a frame of `n_fft` samples.
+def hann_window(
+    win_length: int,
+    n_fft: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Periodic Hann window of `win_length` in the middle of a frame of `n_fft` samples."""
+    return torch.from_numpy(hann_values(win_length, n_fft)).to(dtype).to(device)
 
-    Cached: do not write into the result.
-    """
-    # A tensor made in inference mode could never be used in training, and this one is kept.
-    with torch.inference_mode(False):
-        # From float64, so that a float64 window is not a rounded float32 one.
-        window = torch.hann_window(win_length, dtype=torch.float64)
-        left = (n_fft - win_length) // 2
-        window = functional.pad(window, (left, n_fft - win_length - left))
-        return window.to(device=device, dtype=dtype)
+
+def hann_values(win_length: int, n_fft: int) -> NDArray[np.float64]:
+    """The values of `hann_window`."""
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(win_length) / win_length)
+    left = (n_fft - win_length) // 2
+    return np.pad(window, (left, n_fft - win_length - left))
 
 
 def edge_padding(n_fft: int, hop_length: int, padding: Padding) -> int:

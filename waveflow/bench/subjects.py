@@ -25,7 +25,7 @@ from waveflow.flow import Flow
 from waveflow.models.registry import build_flow
 from waveflow.models.waveglow import WaveGlowConfig, waveglow
 from waveflow.nn.wavenet import WaveNet, fold_weight_norm
-from waveflow.pretrained import DEFAULT_MODEL, find_model, list_models
+from waveflow.pretrained import DEFAULT_MODEL, list_models, model_folder
 
 CALIBRATION_FRAMES = 64
 VOCOS, GRIFFIN_LIM = "vocos", "griffin-lim"
@@ -131,7 +131,7 @@ def load_subject(name: str, device: torch.device) -> Subject:
     if name in UNTRAINED:
         return FlowSubject(name, *untrained_waveglow(UNTRAINED[name]), device, trained=False)
     try:
-        folder = find_model(name)
+        folder = model_folder(name)
     except CheckpointError as error:
         raise CheckpointError(
             f"no model {name!r}: give a folder, a model that ships "
@@ -169,7 +169,7 @@ def speech_mel(mel_config: MelConfig, n_frames: int, batch: int) -> Tensor:
 
     The example that the default model comes with, if it has as many bands, else a constant.
     """
-    mel = example_mel(find_model()) if DEFAULT_MODEL in list_models() else None
+    mel = example_mel(model_folder()) if DEFAULT_MODEL in list_models() else None
     if mel is None or len(mel) != mel_config.n_mels:
         mel = torch.full((mel_config.n_mels, 1), PLAIN_LEVEL)
     return tiled(mel, n_frames).expand(batch, -1, -1).contiguous()

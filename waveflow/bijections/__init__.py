@@ -3,6 +3,7 @@
 from waveflow.bijections.actnorm import ActNorm
 from waveflow.bijections.base import Bijection, Condition, Inverse
 from waveflow.bijections.chain import Chain
+from waveflow.bijections.check import BijectionReport, check_bijection
 from waveflow.bijections.condition import MapCond, SqueezeCondition
 from waveflow.bijections.conv1x1 import InvertibleConv1x1, InvertibleConv1x1PLU
 from waveflow.bijections.coupling import AllActive, Coupling, EvenOdd, Halves
@@ -10,7 +11,6 @@ from waveflow.bijections.elementwise import Additive, Affine
 from waveflow.bijections.factor_out import FactorOut, OnChannels
 from waveflow.bijections.lapped import LappedSqueeze
 from waveflow.bijections.permute import Permute, Reverse
-from waveflow.bijections.reversible import Reversible
 from waveflow.bijections.squeeze import Squeeze
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Affine",
     "AllActive",
     "Bijection",
+    "BijectionReport",
     "Chain",
     "Condition",
     "Coupling",
@@ -33,7 +34,7 @@ __all__ = [
     "OnChannels",
     "Permute",
     "Reverse",
-    "Reversible",
     "Squeeze",
     "SqueezeCondition",
+    "check_bijection",
 ]

@@ -4,17 +4,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from waveflow.bijections.base import Bijection, Condition, sum_log_det
+from waveflow.bijections.base import (
+    Bijection,
+    Condition,
+    check_channels,
+    sum_log_det,
+    zero_padding,
+)
+from waveflow.context import Context
 
 
 class ActNorm(Bijection):
     """z = (x + b) exp(s) for each channel; log-determinant L sum(s).
 
     The first batch in training mode sets b and s so that its z has mean 0 and variance 1
-    (Kingma, Dhariwal 2018, section 3.1). That it happened is a saved buffer. Where a batch is
-    spread over processes, it is all of it that has this mean and variance.
+    (Kingma, Dhariwal 2018, section 3.1); a saved buffer remembers it. Where several processes
+    share a batch, they count its mean and variance together.
+
+    Raises:
+        ValueError: the signal has another number of channels.
     """
 
+    context = Context()
     initialized: Tensor
 
     def __init__(self, channels: int) -> None:
@@ -24,12 +35,14 @@ class ActNorm(Bijection):
         self.register_buffer("initialized", torch.tensor(False))
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        check_channels(self, x, len(self.shift))
         if self.training and not self.initialized:
             self._start(x, cond)
         z = (x + self.shift[:, None]) * self.log_scale.exp()[:, None]
         return z, self._log_det(x, cond, sign=1)
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        check_channels(self, z, len(self.shift))
         x = z * (-self.log_scale).exp()[:, None] - self.shift[:, None]
         return x, self._log_det(z, cond, sign=-1)
 
@@ -39,19 +52,22 @@ class ActNorm(Bijection):
 
     @torch.no_grad()
     def _start(self, x: Tensor, cond: Condition | None) -> None:
-        weight = torch.ones_like(x[:, :1])
-        if cond is not None and cond.mask is not None:
-            weight = cond.mask.to(x.dtype)
+        mask = None if cond is None else cond.mask
+        weight = torch.ones_like(x[:, :1]) if mask is None else mask.to(x.dtype)
         total = _all_sum(weight.sum())
-        mean = _all_sum((x * weight).sum((0, 2))) / total
-        variance = _all_sum(((x - mean[:, None]).square() * weight).sum((0, 2))) / total
+        mean = _all_sum(zero_padding(x, mask).sum((0, 2))) / total
+        centred = zero_padding(x - mean[:, None], mask)
+        variance = _all_sum(centred.square().sum((0, 2))) / total
         self.shift.copy_(-mean)
         self.log_scale.copy_(-0.5 * variance.clamp_min(1e-8).log())
         self.initialized.fill_(True)
 
+    def extra_repr(self) -> str:
+        return f"channels={len(self.shift)}"
+
 
 def _all_sum(values: Tensor) -> Tensor:
     """The sum over the processes of a training, in place."""
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values

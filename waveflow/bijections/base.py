@@ -3,17 +3,18 @@
 A reader who knows this page can read every file of the package.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import NamedTuple
+import math
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from waveflow.context import Context, context_of
+
 
 class Condition(NamedTuple):
-    """What steers a flow: features and the valid positions of each item.
+    """Features that steer a flow, and the valid positions of each item.
 
     Attributes:
         features: (B, M, L), at the resolution of the signal at this place of the chain.
@@ -35,64 +36,39 @@ class Condition(NamedTuple):
         return Condition(self.features.repeat(times, 1, 1), mask)
 
 
-class Rebuilt(NamedTuple):
-    """A step taken once more, from an input that was found again from its output.
-
-    Attributes:
-        parts: leaves of the graph of `z` and `log_det`.
-        join: puts the parts together as x. It only rearranges them, so it puts their
-            gradients together as that of x, too.
-        z, log_det: as `forward` returns them.
-    """
-
-    parts: tuple[Tensor, ...]
-    join: Callable[..., Tensor]
-    z: Tensor
-    log_det: Tensor
-
-
 class Bijection(nn.Module):
     """An invertible map of (B, C, L) signals whose Jacobian's log-determinant is known.
 
-    `forward(x, cond)` goes from audio to noise and returns `(z, log_det)`;
-    `inverse(z, cond)` goes from noise to audio and returns `(x, log_det)`. `log_det` is
-    (B,), in nats, of the direction called, summed over C and L, in float32 at least. In a
-    padded batch only valid positions count, and what lies in the padding has no meaning.
-    A bijection takes a condition (or None) and never changes it.
+    `forward(x, cond)` goes from audio to noise and returns `(z, log_det)`; `inverse(z, cond)`
+    goes from noise to audio and returns `(x, log_det)`. `log_det` is (B,), in nats, of the
+    direction called, summed over C and L, in float32 at least. In a padded batch only valid
+    positions count, and values in the padding have no meaning. A bijection takes a condition
+    (or None) and never changes it.
 
-    The three methods below serve `Reversible` and have defaults: a map that is made of others
-    overrides `unroll`, one that can do better than to invert itself the other two.
+    A bijection also declares how far it looks, as windows and streams need to know:
+
+    Attributes:
+        context: (left, right), positions of x around a position of z that `forward` depends on.
+            There is no default: a bijection without it is refused by windows and streams.
+        inverse_context: the same of `inverse`, z around x; by default equal to `context`.
+        factor: positions of x for each position of z; a squeeze by n has n.
+        block: positions of x that belong together; contexts count from the edges of whole blocks.
+
+    `check_bijection` (bijections/check.py) proves all of this for a bijection.
     """
+
+    factor: Fraction | int = 1
+    block: int = 1
+
+    @property
+    def inverse_context(self) -> Context:
+        return context_of(self)
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
-
-    def unroll(self, cond: Condition | None) -> "list[Step]":
-        """The steps, each with the condition it sees, that make this map one after another."""
-        return [Step(self, cond)]
-
-    def opposite(self) -> "Bijection":
-        """The same map run the other way."""
-        return Inverse(self)
-
-    def rebuild(self, z: Tensor, cond: Condition | None = None) -> Rebuilt:
-        """The input that led to z, and the way from it to z with a graph."""
-        # The log-determinants of the way back are none of the path's.
-        with torch.no_grad(), record_log_dets():
-            x, _ = self.inverse(z, cond)
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            return Rebuilt((x,), lambda x: x, *self.forward(x, cond))
-
-
-class Step(NamedTuple):
-    """A bijection of a chain and the condition it sees there."""
-
-    bijection: Bijection
-    cond: Condition | None
 
 
 class Inverse(Bijection):
@@ -101,6 +77,16 @@ class Inverse(Bijection):
     def __init__(self, bijection: Bijection) -> None:
         super().__init__()
         self.bijection = bijection
+        self.factor = 1 / Fraction(bijection.factor)
+        self.block = max(1, int(bijection.block * self.factor))
+
+    @property
+    def context(self) -> Context:
+        return self._rescaled(self.bijection.inverse_context)
+
+    @property
+    def inverse_context(self) -> Context:
+        return self._rescaled(context_of(self.bijection))
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         return self.bijection.inverse(x, cond)
@@ -108,30 +94,16 @@ class Inverse(Bijection):
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         return self.bijection(z, cond)
 
-    def opposite(self) -> Bijection:
-        return self.bijection
-
-    def unroll(self, cond: Condition | None) -> list[Step]:
-        steps = self.bijection.unroll(cond)
-        return [Step(step.bijection.opposite(), step.cond) for step in reversed(steps)]
+    def _rescaled(self, context: Context) -> Context:
+        """Counted in positions of the other side."""
+        return Context(*(rounded_up(side * self.factor) for side in context))
 
 
-_recorders: ContextVar[list[Tensor] | None] = ContextVar("log_det_recorder", default=None)
-
-
-@contextmanager
-def record_log_dets() -> Iterator[list[Tensor]]:
-    """Collects the log-determinant of every step at each position, (B, L), while it is open.
-
-    The contract sums over positions; calibration (training/losses.py) needs the volume of a
-    path frame by frame. Steps that keep volume contribute nothing.
-    """
-    terms: list[Tensor] = []
-    token = _recorders.set(terms)
-    try:
-        yield terms
-    finally:
-        _recorders.reset(token)
+def rounded_up(positions: float | Fraction, block: int | Fraction = 1) -> Any:
+    """The next whole number of blocks, in positions, as an exact number; infinity stays."""
+    if positions == math.inf:
+        return math.inf
+    return math.ceil(Fraction(positions) / block) * block
 
 
 def sum_log_det(elementwise: Tensor, cond: Condition | None) -> Tensor:
@@ -139,20 +111,25 @@ def sum_log_det(elementwise: Tensor, cond: Condition | None) -> Tensor:
     per_position = elementwise.float() if elementwise.dtype.itemsize < 4 else elementwise
     per_position = per_position.sum(1)
     if cond is not None and cond.mask is not None:
-        per_position = per_position * cond.mask[:, 0].to(per_position.dtype)
-    record([per_position])
+        per_position = zero_padding(per_position, cond.mask[:, 0])
     return per_position.sum(1)
 
 
-def record(terms: Iterable[Tensor]) -> None:
-    """Log-determinants (B, L) for `record_log_dets`, where it is open."""
-    recorder = _recorders.get()
-    if recorder is not None:
-        recorder.extend(terms)
+def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros where the mask is 0. Selected, not multiplied: padding may hold NaN."""
+    return x if mask is None else x.masked_fill(mask == 0, 0.0)
+
+
+def check_channels(bijection: nn.Module, x: Tensor, channels: int) -> None:
+    """Raises ValueError with both shapes unless x is (B, channels, L)."""
+    if x.dim() != 3 or x.shape[1] != channels:
+        raise ValueError(
+            f"{type(bijection).__name__} is for (B, {channels}, L), and got {tuple(x.shape)}"
+        )
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """A context in which autocast does not touch what must not be below float32."""
+    """A context in which autocast does not touch operations that need float32."""
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -2,22 +2,32 @@
 
 from torch import Tensor, nn
 
-from waveflow.bijections.base import Bijection, Condition, Step
+from waveflow.bijections.base import Bijection, Condition
 from waveflow.bijections.squeeze import squeeze
+from waveflow.context import Context, context_of
 
 
 class MapCond(Bijection):
-    """`bijection` under `network(cond)`: squeezed, sliced or encoded; outside nothing changes.
+    """`bijection` under `network(cond)`; the condition outside stays as it is.
 
     Args:
         bijection: the inner bijection.
-        network: module from Condition to Condition.
+        network: module from Condition to Condition, such as `SqueezeCondition`.
     """
 
     def __init__(self, bijection: Bijection, network: nn.Module) -> None:
         super().__init__()
         self.bijection = bijection
         self.network = network
+        self.factor, self.block = bijection.factor, bijection.block
+
+    @property
+    def context(self) -> Context:
+        return context_of(self.bijection) + context_of(self.network)
+
+    @property
+    def inverse_context(self) -> Context:
+        return self.bijection.inverse_context + context_of(self.network)
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         return self.bijection(x, self._view(cond))
@@ -25,18 +35,17 @@ class MapCond(Bijection):
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         return self.bijection.inverse(z, self._view(cond))
 
-    def unroll(self, cond: Condition | None) -> list[Step]:
-        return self.bijection.unroll(self._view(cond))
-
     def _view(self, cond: Condition | None) -> Condition | None:
         return None if cond is None else self.network(cond)
 
 
 class SqueezeCondition(nn.Module):
-    """Features and mask squeezed by n, along with the audio of a deeper level.
+    """Features and mask squeezed by n, for the audio of a deeper level.
 
     A squeezed position is valid if all of its n positions are.
     """
+
+    context = Context()
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -47,3 +56,6 @@ class SqueezeCondition(nn.Module):
         if cond.mask is not None:
             mask = squeeze(cond.mask, self.n).amin(1, keepdim=True)
         return Condition(squeeze(cond.features, self.n), mask)
+
+    def extra_repr(self) -> str:
+        return f"n={self.n}"

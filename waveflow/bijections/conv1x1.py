@@ -1,38 +1,47 @@
 """InvertibleConv1x1: a learned mixing of the channels, free or by its PLU factors."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from waveflow.bijections.base import Bijection, Condition, full_precision, sum_log_det
+from waveflow.bijections.base import (
+    Bijection,
+    Condition,
+    check_channels,
+    full_precision,
+    sum_log_det,
+)
+from waveflow.context import Context
 
 
 class InvertibleConv1x1(Bijection):
     """z = W x at every position; log-determinant L log|det W| (Kingma, Dhariwal 2018, 3.2).
 
-    Never computed below float32. `inverse` inverts W in float64, at each call while the
-    weights may change; `prepare_for_inference` does it once and for all, until the module is
-    trained or loaded again.
+    Never computed below float32. `inverse` inverts W in float64 at each call, because the
+    weights may have changed; a decoder inverts it once (engine/decoder.py).
 
     Args:
         channels: C.
         start: "orthogonal" (random, determinant +1, as in the paper) or "identity".
+
+    Raises:
+        ValueError: another start, or a signal of another number of channels.
     """
+
+    context = Context()
 
     def __init__(self, channels: int, start: str = "orthogonal") -> None:
         super().__init__()
+        self.channels = channels
         self.weight = nn.Parameter(_start_matrix(channels, start))
-        self._inverse: tuple[Tensor, Tensor] | None = None
 
     def matrix(self) -> Tensor:
         """W, (C, C)."""
         return self.weight
 
-    def inverted(self) -> tuple[Tensor, Tensor]:
-        """W^-1 (C, C), worked out in float64, and log|det W|."""
+    def inverted(self) -> Tensor:
+        """W^-1, (C, C), computed in float64."""
         matrix = self.matrix()
-        return torch.linalg.inv(matrix.double()).to(matrix.dtype), self.log_abs_det()
+        return torch.linalg.inv(matrix.double()).to(matrix.dtype)
 
     def log_abs_det(self) -> Tensor:
         """log|det W|, a scalar."""
@@ -40,30 +49,15 @@ class InvertibleConv1x1(Bijection):
         return torch.linalg.slogdet(self.weight)[1]
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        check_channels(self, x, self.channels)
         return _mix(self.matrix(), x), _sum(self.log_abs_det(), x, cond)
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        kept = None if torch.is_grad_enabled() else self._inverse
-        matrix, log_abs_det = self.inverted() if kept is None else kept
-        return _mix(matrix, z), _sum(-log_abs_det, z, cond)
+        check_channels(self, z, self.channels)
+        return _mix(self.inverted(), z), _sum(-self.log_abs_det(), z, cond)
 
-    @torch.no_grad()
-    def prepare_for_inference(self) -> None:
-        """Inverts W once. Undone by `train()` and by loading weights."""
-        self._inverse = self.inverted()
-
-    def train(self, mode: bool = True) -> "InvertibleConv1x1":
-        if mode:
-            self._inverse = None
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._inverse = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "InvertibleConv1x1":
-        self._inverse = None
-        return super()._apply(fn, recurse)
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"
 
 
 class InvertibleConv1x1PLU(InvertibleConv1x1):

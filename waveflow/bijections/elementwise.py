@@ -11,27 +11,17 @@ from torch import Tensor
 
 
 class ElementwiseMap(Protocol):
-    """What a coupling asks of its map."""
+    """The map of a coupling.
+
+    Attributes:
+        n_params: parameters for each value that is mapped.
+    """
 
     n_params: int
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class InverseMap:
-    """A map run the other way."""
-
-    def __init__(self, map: ElementwiseMap) -> None:
-        self.map = map
-        self.n_params = map.n_params
-
-    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        return self.map.inverse(x, params)
-
-    def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        return self.map.forward(z, params)
 
 
 class Additive:
@@ -44,6 +34,9 @@ class Additive:
 
     def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         return z - params, torch.zeros_like(z)
+
+    def __repr__(self) -> str:
+        return "Additive()"
 
 
 class Affine:
@@ -76,3 +69,6 @@ class Affine:
         if self.bound is not None:
             log_scale = self.bound * torch.tanh(log_scale / self.bound)
         return shift, log_scale
+
+    def __repr__(self) -> str:
+        return "Affine()" if self.bound is None else f"Affine(bound={self.bound:g})"

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from waveflow.bijections.base import Bijection, Condition, Rebuilt, Step
+from waveflow.bijections.base import Bijection, Condition
+from waveflow.context import Context, context_of
 
 
 class FactorOut(Bijection):
@@ -12,6 +13,9 @@ class FactorOut(Bijection):
     All are concatenated again, so that it is a bijection with one latent of the signal's
     size, and nesting gives the multi-scale flows of RealNVP, Glow and WaveGlow (Prenger et
     al. 2018, section 2.3).
+
+    Raises:
+        ValueError: no channel is left for `rest`, or `rest` changes the signal's shape.
     """
 
     def __init__(self, n: int, rest: Bijection) -> None:
@@ -19,39 +23,60 @@ class FactorOut(Bijection):
         self.n = n
         self.rest = rest
 
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return self.rest.block
+
+    @property
+    def context(self) -> Context:
+        return context_of(self.rest)
+
+    @property
+    def inverse_context(self) -> Context:
+        return self.rest.inverse_context
+
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        out, log_det = self.rest(x[:, self.n :], cond)
-        return torch.cat([x[:, : self.n], out], 1), log_det
+        early, rest = self._split(x)
+        out, log_det = self.rest(rest, cond)
+        return _joined(self, early, rest, out), log_det
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        rest, log_det = self.rest.inverse(z[:, self.n :], cond)
-        return torch.cat([z[:, : self.n], rest], 1), log_det
+        early, rest = self._split(z)
+        out, log_det = self.rest.inverse(rest, cond)
+        return _joined(self, early, rest, out), log_det
 
-    def unroll(self, cond: Condition | None) -> list[Step]:
-        return [Step(FactorOut(self.n, step), seen) for step, seen in self.rest.unroll(cond)]
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not 0 < self.n < x.shape[1]:
+            raise ValueError(f"FactorOut(n={self.n}) takes n of {x.shape[1]} channels out")
+        return x[:, : self.n], x[:, self.n :]
 
-    def opposite(self) -> Bijection:
-        return FactorOut(self.n, self.rest.opposite())
-
-    def rebuild(self, z: Tensor, cond: Condition | None = None) -> Rebuilt:
-        early = z[:, : self.n].detach().requires_grad_()
-        rest = self.rest.rebuild(z[:, self.n :], cond)
-
-        def join(early: Tensor, *parts: Tensor) -> Tensor:
-            return torch.cat([early, rest.join(*parts)], 1)
-
-        with torch.enable_grad():
-            z = torch.cat([early, rest.z], 1)
-        return Rebuilt((early, *rest.parts), join, z, rest.log_det)
+    def extra_repr(self) -> str:
+        return f"n={self.n}"
 
 
 class OnChannels(Bijection):
-    """`bijection` acts on the channels of a slice, the others stay where and as they are."""
+    """`bijection` acts on the channels of a slice; the others stay where and as they are.
+
+    Raises:
+        ValueError: `bijection` changes the shape of its channels.
+    """
 
     def __init__(self, channels: slice, bijection: Bijection) -> None:
         super().__init__()
         self.channels = channels
         self.bijection = bijection
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return self.bijection.block
+
+    @property
+    def context(self) -> Context:
+        return context_of(self.bijection)
+
+    @property
+    def inverse_context(self) -> Context:
+        return self.bijection.inverse_context
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         part, log_det = self.bijection(x[:, self.channels], cond)
@@ -61,25 +86,24 @@ class OnChannels(Bijection):
         part, log_det = self.bijection.inverse(z[:, self.channels], cond)
         return self._replaced(z, part), log_det
 
-    def unroll(self, cond: Condition | None) -> list[Step]:
-        steps = self.bijection.unroll(cond)
-        return [Step(OnChannels(self.channels, step), seen) for step, seen in steps]
-
-    def opposite(self) -> Bijection:
-        return OnChannels(self.channels, self.bijection.opposite())
-
-    def rebuild(self, z: Tensor, cond: Condition | None = None) -> Rebuilt:
-        whole = z.detach().requires_grad_()
-        inner = self.bijection.rebuild(z[:, self.channels], cond)
-
-        def join(whole: Tensor, *parts: Tensor) -> Tensor:
-            return self._replaced(whole, inner.join(*parts))
-
-        with torch.enable_grad():
-            z = self._replaced(whole, inner.z)
-        return Rebuilt((whole, *inner.parts), join, z, inner.log_det)
-
     def _replaced(self, x: Tensor, part: Tensor) -> Tensor:
+        _check_same_shape(self, x[:, self.channels], part)
         x = x.clone()
         x[:, self.channels] = part
         return x
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"
+
+
+def _joined(bijection: Bijection, early: Tensor, rest: Tensor, out: Tensor) -> Tensor:
+    _check_same_shape(bijection, rest, out)
+    return torch.cat([early, out], 1)
+
+
+def _check_same_shape(bijection: Bijection, before: Tensor, after: Tensor) -> None:
+    if before.shape != after.shape:
+        raise ValueError(
+            f"the inner bijection of {type(bijection).__name__} makes {tuple(after.shape)} of "
+            f"{tuple(before.shape)}: if it squeezes, end it with the inverse squeeze"
+        )

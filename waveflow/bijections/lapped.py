@@ -1,15 +1,18 @@
 """LappedSqueeze: time into frequency bands by an orthonormal lapped transform."""
 
 import math
-from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from waveflow.bijections.base import Bijection, Condition, full_precision, zero_log_det
+from waveflow.buffers import ExactBuffers
+from waveflow.context import Context
 
 
-class LappedSqueeze(Bijection):
+class LappedSqueeze(ExactBuffers, Bijection):
     """(B, 1, L n) -> (B, n, L): L blocks of n samples become L blocks of n bands.
 
     Plane rotations across every inner block edge (sine window, w^2 + reversed w^2 = 1), none
@@ -27,17 +30,22 @@ class LappedSqueeze(Bijection):
         n: samples in a block = bands; even.
         quadrature: the transform in quadrature, rotations of the opposite sign and then a
             DST-IV: with the plain one it gives amplitude and phase of a signal in each band.
-    """
 
-    # Blocks on each side that a block of the result depends on.
-    reach = 1
+    Raises:
+        ValueError: n is odd, or the signal's shape does not fit.
+    """
 
     def __init__(self, n: int, quadrature: bool = False) -> None:
         super().__init__()
-        if n % 2:
+        if n < 2 or n % 2:
             raise ValueError(f"a lapped squeeze needs an even block length, not {n}")
-        self.n = n
+        self.n = self.factor = self.block = n
         self.quadrature = quadrature
+        self.context = Context(n, n)
+        cosine, sine = _edge_rotation(n)
+        self.register_exact("matrix", _type_four(n, quadrature))
+        self.register_exact("cosine", cosine)
+        self.register_exact("sine", -sine if quadrature else sine)
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         batch, channels, length = x.shape
@@ -50,58 +58,47 @@ class LappedSqueeze(Bijection):
         return self.transform(blocks).transpose(1, 2), zero_log_det(x)
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        if z.shape[1] != self.n:
+            raise ValueError(f"LappedSqueeze({self.n}) makes {self.n} bands, not {z.shape[1]}")
         blocks = self._rotate(self.transform(z.transpose(1, 2)), cond, sign=-1)
         return blocks.reshape(z.shape[0], 1, -1), zero_log_det(z)
-
-    def matrix(self, like: Tensor) -> Tensor:
-        """What transforms a block, (n, n), symmetric, of the type and device of `like`."""
-        return _type_four(self.n, self.quadrature, like.dtype, like.device)
-
-    def rotation(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine (n / 2,) of the rotation at distance i from an edge."""
-        cosine, sine = _edge_rotation(self.n, like.dtype, like.device)
-        return cosine, -sine if self.quadrature else sine
 
     def transform(self, blocks: Tensor) -> Tensor:
         """Each block (B, L, n) into bands or back."""
         with full_precision(blocks):
-            return blocks @ self.matrix(blocks)
+            return blocks @ self.exact("matrix", blocks)
 
     def _rotate(self, blocks: Tensor, cond: Condition | None, sign: int) -> Tensor:
         """Rotates the pairs (edge + i, edge - 1 - i) at each inner edge; sign -1 undoes it."""
         half = self.n // 2
         head, tail = blocks[..., :half], blocks[..., half:].flip(-1)
-        cosine, sine = self.rotation(blocks)
-        sine = sign * sine
-        if cond is not None and cond.mask is not None:
-            inner = cond.mask[:, 0, 1:, None].to(blocks.dtype)
-            cosine, sine = 1 + inner * (cosine - 1), inner * sine
+        cosine, sine = self.exact("cosine", blocks), sign * self.exact("sine", blocks)
         after, before = head[:, 1:], tail[:, :-1]
-        head = torch.cat([head[:, :1], cosine * after + sine * before], 1)
-        tail = torch.cat([cosine * before - sine * after, tail[:, -1:]], 1)
+        rotated = cosine * after + sine * before, cosine * before - sine * after
+        if cond is not None and cond.mask is not None:
+            inner = cond.mask[:, 0, 1:, None] != 0
+            # Selected, not multiplied: padding may hold NaN.
+            rotated = (
+                torch.where(inner, rotated[0], after),
+                torch.where(inner, rotated[1], before),
+            )
+        head = torch.cat([head[:, :1], rotated[0]], 1)
+        tail = torch.cat([rotated[1], tail[:, -1:]], 1)
         return torch.cat([head, tail.flip(-1)], -1)
 
-
-@lru_cache(maxsize=16)
-def _type_four(n: int, sine: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The orthonormal DCT-IV (or DST-IV) matrix (n, n), symmetric and its own inverse.
-
-    Built for each dtype from float64, so that a model cast to double is orthonormal to 1e-12.
-    """
-    with torch.inference_mode(False):
-        k = torch.arange(n, dtype=torch.float64) + 0.5
-        angle = math.pi / n * torch.outer(k, k)
-        matrix = (angle.sin() if sine else angle.cos()) * math.sqrt(2 / n)
-        return matrix.to(device=device, dtype=dtype)
+    def extra_repr(self) -> str:
+        return f"n={self.n}" + (", quadrature=True" if self.quadrature else "")
 
 
-@lru_cache(maxsize=16)
-def _edge_rotation(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _type_four(n: int, sine: bool) -> NDArray[np.float64]:
+    """The orthonormal DCT-IV (or DST-IV) matrix (n, n), symmetric and its own inverse."""
+    k = np.arange(n) + 0.5
+    angle = math.pi / n * np.outer(k, k)
+    return (np.sin(angle) if sine else np.cos(angle)) * math.sqrt(2 / n)
+
+
+def _edge_rotation(n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Cosine and sine (n / 2,) of the rotation at distance i from an edge: the sine window."""
-    with torch.inference_mode(False):
-        i = torch.arange(n // 2, dtype=torch.float64)
-        angle = math.pi / 4 * (1 + (2 * i + 1) / n)
-        return (
-            angle.sin().to(device=device, dtype=dtype),
-            angle.cos().to(device=device, dtype=dtype),
-        )
+    i = np.arange(n // 2)
+    angle = math.pi / 4 * (1 + (2 * i + 1) / n)
+    return np.sin(angle), np.cos(angle)

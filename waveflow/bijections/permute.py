@@ -5,12 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from waveflow.bijections.base import Bijection, Condition, zero_log_det
+from waveflow.bijections.base import Bijection, Condition, check_channels, zero_log_det
+from waveflow.context import Context
 
 
 class Permute(Bijection):
-    """Channel i of the output is channel order[i] of the input; log-determinant 0."""
+    """Channel i of the output is channel order[i] of the input; log-determinant 0.
 
+    Raises:
+        ValueError: `order` is no permutation of 0..C-1, or the signal has not C channels.
+    """
+
+    context = Context()
     order: Tensor
     inverse_order: Tensor
 
@@ -22,10 +28,15 @@ class Permute(Bijection):
         self.register_buffer("inverse_order", torch.argsort(torch.tensor(order)))
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        check_channels(self, x, len(self.order))
         return x[:, self.order], zero_log_det(x)
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        check_channels(self, z, len(self.order))
         return z[:, self.inverse_order], zero_log_det(z)
+
+    def extra_repr(self) -> str:
+        return f"{self.order.tolist()}"
 
 
 class Reverse(Permute):
@@ -33,3 +44,6 @@ class Reverse(Permute):
 
     def __init__(self, channels: int) -> None:
         super().__init__(range(channels - 1, -1, -1))
+
+    def extra_repr(self) -> str:
+        return f"channels={len(self.order)}"

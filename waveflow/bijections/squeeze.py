@@ -1,8 +1,9 @@
-"""Squeeze: time into channels by polyphase."""
+"""Squeeze: time into channels."""
 
 from torch import Tensor
 
 from waveflow.bijections.base import Bijection, Condition, zero_log_det
+from waveflow.context import Context
 
 
 class Squeeze(Bijection):
@@ -13,20 +14,25 @@ class Squeeze(Bijection):
     is at the resolution after the squeeze and is left alone.
 
     Raises:
-        ValueError: the length is not a multiple of n.
+        ValueError: the length, or the channels of z, are not a multiple of n.
     """
+
+    context = Context()
 
     def __init__(self, n: int) -> None:
         super().__init__()
-        self.n = n
+        if n < 1:
+            raise ValueError(f"Squeeze(n={n}): n must be 1 or more")
+        self.n = self.factor = self.block = n
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         return squeeze(x, self.n), zero_log_det(x)
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        batch, channels, length = z.shape
-        x = z.reshape(batch, channels // self.n, self.n, length).transpose(2, 3)
-        return x.reshape(batch, channels // self.n, length * self.n), zero_log_det(z)
+        return unsqueeze(z, self.n), zero_log_det(z)
+
+    def extra_repr(self) -> str:
+        return f"n={self.n}"
 
 
 def squeeze(x: Tensor, n: int) -> Tensor:
@@ -36,3 +42,12 @@ def squeeze(x: Tensor, n: int) -> Tensor:
         raise ValueError(f"cannot squeeze {length} positions by {n}: not a multiple")
     x = x.reshape(batch, channels, length // n, n).transpose(2, 3)
     return x.reshape(batch, channels * n, length // n)
+
+
+def unsqueeze(z: Tensor, n: int) -> Tensor:
+    """(B, C n, L) -> (B, C, L n), the inverse of `squeeze`."""
+    batch, channels, length = z.shape
+    if channels % n:
+        raise ValueError(f"cannot unsqueeze {channels} channels by {n}: not a multiple")
+    z = z.reshape(batch, channels // n, n, length).transpose(2, 3)
+    return z.reshape(batch, channels // n, length * n)

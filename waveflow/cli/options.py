@@ -130,9 +130,9 @@ def load_vocoder(
 def read_config(model: str | None) -> "ModelConfig":
     """The config that --model asks for, without building the model."""
     from waveflow.checkpoint import CONFIG, parse_config, read_files, resolve_run
-    from waveflow.pretrained import find_model
+    from waveflow.pretrained import model_folder
 
-    folder = resolve_run(find_model(model), "best")
+    folder = resolve_run(model_folder(model), "best")
     return parse_config(read_files(folder)[CONFIG], folder / CONFIG)
 
 

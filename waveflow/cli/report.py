@@ -155,12 +155,12 @@ def _list_models() -> None:
 def _facts(vocoder: "Vocoder", model: str | None) -> dict[str, str]:
     from waveflow.checkpoint import resolve_run
     from waveflow.engine.cost import count_parameters, macs_per_second
-    from waveflow.pretrained import find_model
+    from waveflow.pretrained import model_folder
 
     config = vocoder.config
     source, synthesis = config.provenance, config.synthesis
     return {
-        "model": f"{config.model.type}, {resolve_run(find_model(model), 'best')}",
+        "model": f"{config.model.type}, {resolve_run(model_folder(model), 'best')}",
         "parameters": f"{count_parameters(vocoder.flow):,}",
         "multiply-adds": (
             f"{macs_per_second(vocoder) / 1e9:.3g} billion per second of audio "
@@ -180,12 +180,9 @@ def _facts(vocoder: "Vocoder", model: str | None) -> dict[str, str]:
 
 def _speed(vocoder: "Vocoder", model: str | None, threads: int) -> str:
 
-    from waveflow.checkpoint import resolve_run
     from waveflow.engine.cost import measure_speed
-    from waveflow.engine.vocoder import example_mel
-    from waveflow.pretrained import find_model
 
-    example = example_mel(resolve_run(find_model(model), "best"))
+    example = vocoder.example_mel()
     speed = measure_speed(vocoder, example, threads=threads)
     return (
         f"{speed.times_real_time:.1f} times real time on {speed.threads} CPU "

@@ -106,7 +106,7 @@ def vocode(
         name = "stdin" if source == PIPE else str(source)
         mels = read_mels(sys.stdin.buffer) if source == PIPE else [read_mel(source)]
         with _opened(out, vocoder.sample_rate, float32) as write, about(name):
-            for piece in vocoder.stream(mels, sigma, seed, refine):
+            for piece in vocoder.stream(mels, sigma=sigma, seed=seed, refine=refine):
                 write(piece.cpu().numpy())
         return
     jobs = plan_jobs(source, out, MEL_SUFFIXES, ".wav", force)
@@ -117,7 +117,7 @@ def vocode(
     def work(path: Path, target: Path) -> None:
         mel = read_mel(path)
         with about(path):
-            audio = vocoder(mel, sigma, seed, refine)
+            audio = vocoder(mel, sigma=sigma, seed=seed, refine=refine)
             if denoise is not None:
                 audio = vocoder.denoise(audio, denoise)
         write_audio(target, audio.cpu().numpy(), vocoder.sample_rate, float32)
@@ -189,7 +189,7 @@ def resynth(
         recording, _, changes = read_audio(path, vocoder.sample_rate)
         _note_changes(path, changes)
         with about(path):
-            audio = vocoder.resynth(recording, sigma, seed, refine)
+            audio = vocoder.resynth(recording, sigma=sigma, seed=seed, refine=refine)
             if denoise is not None:
                 audio = vocoder.denoise(audio, denoise)
         write_audio(target, audio.cpu().numpy(), vocoder.sample_rate, float32)

@@ -156,9 +156,9 @@ def _data(data: list[Path], own: Path, mel: "MelConfig", resume: bool) -> Path:
 
 def _weights(init: str) -> tuple[Path, dict[str, "Tensor"]]:
     from waveflow.checkpoint import load_checkpoint
-    from waveflow.pretrained import find_model
+    from waveflow.pretrained import model_folder
 
-    folder = find_model(init)
+    folder = model_folder(init)
     return folder, load_checkpoint(folder)[1].state_dict()
 
 

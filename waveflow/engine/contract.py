@@ -6,12 +6,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from waveflow.flow import State, select_items
+
 
 class Decoder(Protocol):
     """Noise z (B, C, L) and mel (B, M, F) to audio (B, F hop): the flow's inverse.
 
-    `lengths` (B,) are the frames of each item of a padded batch, `start` (B,) the running phase
-    of a harmonic source at the first sample, in cycles (`Flow.decode`).
+    `lengths` (B,) are the frames of each item of a padded batch, `state` that of the
+    conditioner (`Flow.decode`).
     """
 
     def __call__(
@@ -19,26 +21,26 @@ class Decoder(Protocol):
         z: Tensor,
         mel: Tensor,
         lengths: Tensor | None = None,
-        start: Tensor | None = None,
+        state: State = None,
     ) -> Tensor: ...
 
 
 def each_item(
-    decode: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    decode: Callable[[Tensor, Tensor, State], Tensor],
     hop_length: int,
     z: Tensor,
     mel: Tensor,
     lengths: Tensor | None,
-    start: Tensor | None,
+    state: State,
 ) -> Tensor:
     """A batch item by item, each at its own length, zeros beyond: audio (B, C L).
 
     What gains nothing from a batch (networks that fill one thread) has no padding to mask then.
 
     Args:
-        decode: z (1, C, l), mel (1, M, f) and start (1,) or None to audio (1, C l).
+        decode: z (1, C, l), mel (1, M, f) and the item's state to audio (1, C l).
         hop_length: audio samples for each frame.
-        z, mel, lengths, start: a decoder's arguments.
+        z, mel, lengths, state: a decoder's arguments.
     """
     audio = torch.zeros(z.shape[0], z.shape[1] * z.shape[2])
     frames = [mel.shape[2]] * len(mel) if lengths is None else lengths.tolist()
@@ -48,7 +50,7 @@ def each_item(
         made = decode(
             z[item, :, : n_samples // z.shape[1]],
             mel[item, :, :n_frames],
-            None if start is None else start[item],
+            select_items(state, item),
         )
         audio[i, : made.shape[1]] = made[0]
     return audio

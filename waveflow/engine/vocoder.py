@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal, get_args, overload
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from waveflow.audio.conventions import describe_foreign_mel
 from waveflow.audio.denoise import Bias, Denoiser
-from waveflow.audio.mel import MelConfig, MelSpectrogram, describe_foreign_mel
+from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.audio.refine import MelRefinement
 from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint, resolve_run
 from waveflow.engine.checks import checked_audio, checked_lengths, checked_mel
@@ -26,14 +27,15 @@ from waveflow.engine.decoder import (
     weights_version,
 )
 from waveflow.engine.fast.int8 import speech_like_mel
-from waveflow.engine.windows import WINDOW_FRAMES, WindowedSynthesis, window_context
+from waveflow.engine.options import OWN_OPTIONS, Speech, SynthesisOptions
+from waveflow.engine.streaming import WINDOW_FRAMES, WindowedSynthesis, window_context
 from waveflow.errors import AudioError, ConfigError, MelMismatchError
 from waveflow.flow import Flow
-from waveflow.pretrained import find_model
+from waveflow.pretrained import model_folder
 
 logger = logging.getLogger(__name__)
 
-# Past what warns and the method that was called.
+# Frames between a warning and the caller of the method that warns.
 _CALLER = 3
 
 
@@ -47,10 +49,11 @@ class Vocoder:
     Args:
         config: the checkpoint's config: mel settings, sampling settings, provenance.
         flow: the model.
-        decoder_of: makes what runs the flow from noise to audio (engine/decoder.py).
+        decoder_of: makes the decoder, which runs the flow from noise to audio (engine/decoder.py).
+        folder: the checkpoint's folder, where the model was loaded from one.
 
     Attributes:
-        config, flow: as given.
+        config, flow, folder: as given.
         sample_rate: in Hz.
         hop_length: audio samples for each mel frame.
         mel_config: the mel that it takes.
@@ -69,9 +72,11 @@ class Vocoder:
         config: ModelConfig,
         flow: Flow,
         decoder_of: Callable[[Flow], Decoder] = make_decoder,
+        folder: Path | None = None,
     ) -> None:
         self.config = config
-        self.flow = flow.prepare_for_inference()
+        self.folder = folder
+        self.flow = flow.eval()
         self._decoder_of = decoder_of
         self._decoder: tuple[object, Decoder] | None = None
         self._denoisers: dict[Bias, Denoiser] = {}
@@ -90,7 +95,7 @@ class Vocoder:
 
     @property
     def decoder(self) -> Decoder:
-        """Noise and mel to audio: what every synthesis calls. Made anew when weights change."""
+        """Noise and mel to audio, for every synthesis. Made anew when weights change."""
         version = weights_version(self.flow)
         if self._decoder is None or self._decoder[0] != version:
             self._denoisers.clear()
@@ -98,7 +103,7 @@ class Vocoder:
         return self._decoder[1]
 
     def __getstate__(self) -> dict[str, object]:
-        # What is made from the weights is made again: packed weights cannot be copied.
+        # Packed weights cannot be copied; a copy makes its own.
         return self.__dict__ | {"_decoder": None, "_denoisers": {}}
 
     def to(self, device: str | torch.device) -> "Vocoder":
@@ -109,47 +114,31 @@ class Vocoder:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"device {device!r} cannot be used: {reason}") from error
-        self.flow.prepare_for_inference()
         return self
 
-    @overload
-    def __call__(
-        self,
-        mel: Tensor | np.ndarray,
-        sigma: float | None = None,
-        seed: int | Sequence[int] = 0,
-        refine: int | None = None,
-        lengths: None = None,
-    ) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self,
-        mel: Tensor | np.ndarray,
-        sigma: float | None = None,
-        seed: int | Sequence[int] = 0,
-        refine: int | None = None,
-        *,
-        lengths: Tensor | np.ndarray | Sequence[int],
-    ) -> tuple[Tensor, Tensor]: ...
+    def __repr__(self) -> str:
+        config, n = self.config, sum(p.numel() for p in self.flow.parameters())
+        return (
+            f"Vocoder({config.model.type}, {n:,} parameters, {self.sample_rate} Hz, hop "
+            f"{self.hop_length}, {config.mel.n_mels} mel bands, {self.device}"
+            f"{'' if self.folder is None else f', {self.folder.name}'})"
+        )
 
     def __call__(
         self,
         mel: Tensor | np.ndarray,
-        sigma: float | None = None,
-        seed: int | Sequence[int] = 0,
-        refine: int | None = None,
+        options: SynthesisOptions = OWN_OPTIONS,
         lengths: Tensor | np.ndarray | Sequence[int] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        **changes: Any,
+    ) -> Any:
         """Speech for a mel of any length; a long one is made in windows, in bounded memory.
 
         Args:
             mel: (B, M, F) or (M, F), in this model's convention (`mel_config`).
-            sigma: standard deviation of the noise; default from the model's config.
-            seed: of the noise; one for all items, or one for each.
-            refine: mel refinement steps after the draw, 0 to 4; default from the config.
+            options: sigma, seed and refinement steps.
             lengths: (B,) frames of each item of a padded batch. An item gets what it gets
                 alone, whatever its padding holds.
+            changes: fields of the options by name: `vocoder(mel, sigma=0.5)`.
 
         Returns:
             (B, F hop_length) or (F hop_length,), float32 in [-1, 1]. With lengths, that (zeros
@@ -157,39 +146,50 @@ class Vocoder:
 
         Raises:
             MelMismatchError: wrong number of bands, shape, lengths, or values that are not finite.
-            ConfigError: sigma, seed or refine out of range.
+            ConfigError: an option out of range, or a part of the flow that declares no context.
         """
+        speech = self.synthesise(mel, options.changed(changes), lengths)
+        for note in speech.notes:
+            warnings.warn(note, VocoderWarning, stacklevel=2)
+        return speech.audio if speech.n_samples is None else (speech.audio, speech.n_samples)
+
+    def synthesise(
+        self,
+        mel: Tensor | np.ndarray,
+        options: SynthesisOptions = OWN_OPTIONS,
+        lengths: Tensor | np.ndarray | Sequence[int] | None = None,
+    ) -> Speech:
+        """As `__call__`, with its warnings as notes in the result: for servers and threads."""
         frames = None if lengths is None else checked_lengths(mel, lengths, self.device)
         batch, squeezed = checked_mel(mel, self.mel_config.n_mels, self.device, frames)
-        steps = self._checked_refine(refine)
-        synthesis = self._synthesis(len(batch), sigma, seed, steps, frames)
-        self._warn_of_foreign(batch, frames)
-        audio = self._all_of(synthesis, batch)
-        self._warn_of_clipping(_n_clipped(audio, batch), audio.numel())
+        notes = self._foreign_notes(batch, frames)
+        audio = self._all_of(self._synthesis(len(batch), options, frames), batch)
+        notes += _clipping_notes(_n_clipped(audio, batch), audio.numel())
         audio.clamp_(-1, 1)
         if frames is None:
-            return audio[0] if squeezed else audio
-        return audio, frames * self.hop_length
+            return Speech(audio[0] if squeezed else audio, None, notes)
+        return Speech(audio, frames * self.hop_length, notes)
 
     def stream(
         self,
         mels: Iterable[Tensor | np.ndarray],
-        sigma: float | None = None,
-        seed: int = 0,
-        refine: int | None = None,
+        options: SynthesisOptions = OWN_OPTIONS,
         least_frames: int | None = None,
+        on_note: Callable[[str], None] | None = None,
+        **changes: Any,
     ) -> Iterator[Tensor]:
         """Speech for a mel that comes in pieces, each as soon as it is final.
 
-        The pieces joined are what `__call__` makes of the mels joined. Audio is final once
+        The pieces joined equal the result of `__call__` for the mels joined. Audio is final once
         `look_ahead` further frames of the mel are known.
 
         Args:
             mels: the pieces (M, f), f >= 1; may be slow.
-            sigma, seed, refine: as `__call__`.
-            least_frames: how many final frames are waited for. Few mean less delay and more
-                work, since each time the context is computed again: left and right of the
-                frames about `look_ahead` each. Default: `look_ahead`.
+            options, changes: as `__call__`.
+            least_frames: final frames to wait for before the next piece. Fewer mean less delay
+                and more work, since each piece computes its context again: about `look_ahead`
+                frames on each side. Default: `look_ahead`.
+            on_note: called with each note (`Speech.notes`); by default it becomes a warning.
 
         Returns:
             Pieces (n hop_length,) of the audio, float32 in [-1, 1].
@@ -197,7 +197,7 @@ class Vocoder:
         Raises:
             MelMismatchError: a piece as `__call__` refuses it, before audio that it would have
                 made final; or no piece at all.
-            ConfigError: an option out of range.
+            ConfigError: as `__call__`.
 
         Example:
             >>> mel = torch.full((80, 200), -8.0)
@@ -205,45 +205,57 @@ class Vocoder:
             >>> torch.cat(pieces).shape
             torch.Size([51200])
         """
-        least = max(1, self.look_ahead(refine)) if least_frames is None else least_frames
-        if least < 1:
-            raise ConfigError(f"least_frames {least} is out of range: give 1 or more")
-        synthesis = self._synthesis(1, sigma, seed, self._checked_refine(refine))
-        return self._streamed(mels, synthesis, least)
+        options = options.changed(changes)
+        synthesis = self._synthesis(1, options)
+        if least_frames is None:
+            # Without a bound no audio is final before the end.
+            least_frames = 1 if math.isinf(synthesis.right) else max(1, int(synthesis.right))
+        if least_frames < 1:
+            raise ConfigError(f"least_frames {least_frames} is out of range: give 1 or more")
+        return self._streamed(mels, synthesis, least_frames, on_note or _warn)
 
-    def look_ahead(self, refine: int | None = None) -> int:
-        """Frames of the mel behind a frame of audio that it depends on."""
-        return window_context(self.flow, self.refinement, self._checked_refine(refine))[1]
+    def look_ahead(self, refine: int | None = None) -> float:
+        """Frames of the mel behind a frame of audio that it depends on; may be infinite."""
+        steps = self.refine_steps if refine is None else refine
+        return window_context(self.flow, self.refinement, steps).right
 
     def draw(
         self,
         mel: Tensor | np.ndarray,
-        sigma: float | None = None,
-        seed: int | Sequence[int] = 0,
+        options: SynthesisOptions = OWN_OPTIONS,
+        **changes: Any,
     ) -> Tensor:
         """A draw of the flow as it is, neither refined nor clipped; arguments as `__call__`.
 
-        What `log_prob` can be asked about: a clipped sample has no likelihood to speak of.
+        `log_prob` can be asked about it: a clipped sample has no likelihood to speak of.
         """
         batch, squeezed = checked_mel(mel, self.mel_config.n_mels, self.device)
-        audio = self._all_of(self._synthesis(len(batch), sigma, seed, 0), batch)
+        options = options.changed(changes | {"refine": 0})
+        audio = self._all_of(self._synthesis(len(batch), options), batch)
         return audio[0] if squeezed else audio
 
     def resynth(
         self,
         audio: Tensor | np.ndarray,
-        sigma: float | None = None,
-        seed: int = 0,
-        refine: int | None = None,
+        options: SynthesisOptions = OWN_OPTIONS,
+        **changes: Any,
     ) -> Tensor:
         """Copy-synthesis: audio (T,) to its mel, and new audio (T,) from the mel alone."""
+        mel = self.mel_to_copy(audio)
+        return self(mel, options.changed(changes))[: audio.shape[0]]
+
+    @torch.no_grad()
+    def mel_to_copy(self, audio: Tensor | np.ndarray) -> Tensor:
+        """The mel (M, F) of audio (T,) extended by zeros to F whole hops."""
         samples = checked_audio(audio, self.device)
         if samples.dim() != 1:
             raise AudioError(f"resynth takes one waveform (T,), not {tuple(samples.shape)}")
-        n_samples = len(samples)
-        padded = torch.nn.functional.pad(samples, (0, -n_samples % self.hop_length))
-        mel = self.mel(padded)[:, : len(padded) // self.hop_length]
-        return self(mel, sigma, seed, refine)[:n_samples]
+        padded = torch.nn.functional.pad(samples, (0, -len(samples) % self.hop_length))
+        return self.mel(padded)[:, : len(padded) // self.hop_length]
+
+    def example_mel(self) -> Tensor | None:
+        """The mel (M, F) of a validation clip that came with the model; None where none did."""
+        return None if self.folder is None else _example_mel(self.folder)
 
     def denoise(
         self, audio: Tensor | np.ndarray, strength: float = 0.1, bias: Bias | None = None
@@ -252,15 +264,14 @@ class Vocoder:
 
         Args:
             strength: how often the bias is subtracted, 0 to 10.
-            bias: what the hum is heard in. Default: "zeros", as NVIDIA, for a WaveGlow;
-                "silence" for models that speak for the loud mel of zeros.
+            bias: the mel that the hum is heard in; default: the model's own (`denoiser_bias`).
         """
         return self.denoiser(bias)(checked_audio(audio, self.device), strength)
 
     def denoiser(self, bias: Bias | None = None) -> Denoiser:
-        """What `denoise` applies; its bias, a second of synthesis, is computed once."""
+        """The denoiser of `denoise`; its bias, a second of synthesis, is computed once."""
         if bias is None:
-            bias = "zeros" if self.config.model.type == "waveglow" else "silence"
+            bias = self.config.model.denoiser_bias
         _ = self.decoder  # forgets denoisers of other weights
         if bias not in self._denoisers:
             self._denoisers[bias] = Denoiser.of_model(
@@ -268,12 +279,12 @@ class Vocoder:
             )
         return self._denoisers[bias]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def mel(self, audio: Tensor | np.ndarray) -> Tensor:
         """The mel (B, M, F) or (M, F) of audio (B, T) or (T,) in this model's convention."""
         return self.mel_spectrogram(checked_audio(audio, self.device))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def log_prob(self, audio: Tensor | np.ndarray, mel: Tensor | np.ndarray) -> Tensor:
         """The density at `audio`, (B,), in nats per audio sample; higher is better.
 
@@ -283,13 +294,13 @@ class Vocoder:
         samples, batch = self._pair(audio, mel)
         return self.flow(samples, batch)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, audio: Tensor | np.ndarray, mel: Tensor | np.ndarray) -> Tensor:
         """The noise z (B, C, L) that `decode` turns into this audio; lengths as `log_prob`."""
         samples, batch = self._pair(audio, mel)
         return self.flow.encode(samples, batch)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, z: Tensor, mel: Tensor | np.ndarray) -> Tensor:
         """The audio (B, T) of noise z (B, C, L): the flow's inverse, never refined.
 
@@ -320,24 +331,12 @@ class Vocoder:
         return samples[:, : n_frames * self.hop_length], batch[:, :, :n_frames]
 
     def _synthesis(
-        self,
-        n_items: int,
-        sigma: float | None,
-        seed: int | Sequence[int],
-        steps: int,
-        lengths: Tensor | None = None,
+        self, n_items: int, options: SynthesisOptions, lengths: Tensor | None = None
     ) -> WindowedSynthesis:
-        sigma = self.config.synthesis.sigma if sigma is None else sigma
-        if not 0 <= sigma <= 10:
-            raise ConfigError(f"sigma {sigma} is out of range: give a number from 0 to 10")
-        if isinstance(seed, int | np.integer):
-            seeds = [int(seed)] * n_items
-        elif isinstance(seed, Sequence):
-            seeds = list(seed)
-        else:
-            raise ConfigError(f"seed {seed!r}: give an integer, or one for each mel")
-        if len(seeds) != n_items:
-            raise ConfigError(f"{len(seeds)} seeds for {n_items} mels: give one for each")
+        own = self.config.synthesis
+        sigma = own.sigma if options.sigma is None else options.sigma
+        steps = self.refine_steps if options.refine is None else options.refine
+        seeds = options.seeds(n_items)
         return WindowedSynthesis(
             self.flow, self.decoder, self.refinement, sigma, seeds, steps, lengths
         )
@@ -352,7 +351,11 @@ class Vocoder:
         return audio
 
     def _streamed(
-        self, mels: Iterable[Tensor | np.ndarray], synthesis: WindowedSynthesis, least_frames: int
+        self,
+        mels: Iterable[Tensor | np.ndarray],
+        synthesis: WindowedSynthesis,
+        least_frames: int,
+        on_note: Callable[[str], None],
     ) -> Iterator[Tensor]:
         foreign, n_clipped, n_samples = False, 0, 0
 
@@ -368,46 +371,41 @@ class Vocoder:
             piece, _ = checked_mel(mel, self.mel_config.n_mels, self.device)
             if len(piece) != 1:
                 raise MelMismatchError(f"a stream is of one mel (M, f), not {tuple(piece.shape)}")
-            foreign = foreign or self._warn_of_foreign(piece)
+            if not foreign:
+                for note in self._foreign_notes(piece):
+                    foreign = True
+                    on_note(note)
             yield from clipped(synthesis.push(piece, least_frames), piece)
         if piece is None:
             raise MelMismatchError("this stream is empty: it holds no mel")
         yield from clipped(synthesis.finish(), piece)
-        self._warn_of_clipping(n_clipped, n_samples)
+        for note in _clipping_notes(n_clipped, n_samples):
+            on_note(note)
 
-    def _checked_refine(self, refine: int | None) -> int:
-        if refine is None:
-            return self.refine_steps
-        if not 0 <= refine <= 4:
-            raise ConfigError(f"refine {refine} is out of range: give 0 to 4 steps")
-        return refine
-
-    def _warn_of_foreign(self, batch: Tensor, lengths: Tensor | None = None) -> bool:
-        """Whether there was something to warn of in the first seconds of an item."""
+    def _foreign_notes(self, batch: Tensor, lengths: Tensor | None = None) -> list[str]:
+        """A note if the first seconds of an item look like a mel in another convention."""
         mel_range = self.config.provenance.mel_range
         if mel_range is None:
-            return False
+            return []
         low, high = (np.asarray(bound) for bound in mel_range)
         frames = [batch.shape[2]] * len(batch) if lengths is None else lengths.tolist()
         for item, n_frames in zip(batch, frames, strict=True):
             seen = item[:, : min(n_frames, WINDOW_FRAMES)].cpu().numpy()
             found = describe_foreign_mel(seen, low, high)
             if found is not None:
-                warnings.warn(
-                    f"this mel looks {found}; the model takes natural logarithms of magnitudes",
-                    VocoderWarning,
-                    stacklevel=_CALLER,
-                )
-                return True
-        return False
+                return [f"this mel looks {found}; the model takes natural logarithms of magnitudes"]
+        return []
 
-    def _warn_of_clipping(self, n_clipped: int, n_samples: int) -> None:
-        if n_clipped:
-            warnings.warn(
-                f"{100 * n_clipped / n_samples:.2g} % of the samples were clipped to [-1, 1]",
-                VocoderWarning,
-                stacklevel=_CALLER,
-            )
+
+def _warn(note: str) -> None:
+    # Past this function and the generator, to the line that asks for the next piece.
+    warnings.warn(note, VocoderWarning, stacklevel=_CALLER)
+
+
+def _clipping_notes(n_clipped: int, n_samples: int) -> list[str]:
+    if not n_clipped:
+        return []
+    return [f"{100 * n_clipped / n_samples:.2g} % of the samples were clipped to [-1, 1]"]
 
 
 def _n_clipped(audio: Tensor, mel: Tensor) -> int:
@@ -436,14 +434,14 @@ def load(
         verify: check the files' hashes against the manifest.
         device: where it runs.
         precision: of the networks' matrix products: float32, bfloat16, float16 (GPU) or int8
-            (CPU, extra `int8`); "auto" measures and logs which of the first two it takes.
+            (CPU, extra `int8`); "auto" picks the faster of the first two and logs it.
         compile: torch.compile; the first call then takes half a minute or more.
 
     Raises:
         CheckpointError: unknown, missing or damaged.
-        ConfigError: a device or precision that is not to be had here.
+        ConfigError: this machine or installation lacks the device or the precision.
     """
-    folder = resolve_run(find_model(model), "best")
+    folder = resolve_run(model_folder(model), "best")
     config, flow = load_checkpoint(folder, verify)
     if precision not in (*get_args(Precision), "auto"):
         names = ", ".join((*get_args(Precision), "auto"))
@@ -455,7 +453,7 @@ def load(
         decoder_of = partial(
             make_decoder, precision=precision, compile=compile, calibration_mel=mel
         )
-    return Vocoder(config, flow, decoder_of).to(device)
+    return Vocoder(config, flow, decoder_of, folder).to(device)
 
 
 def _chosen(flow: Flow, n_mels: int, compile: bool) -> Decoder:
@@ -464,9 +462,8 @@ def _chosen(flow: Flow, n_mels: int, compile: bool) -> Decoder:
     return decoder
 
 
-def example_mel(folder: Path) -> Tensor | None:
-    """The mel (M, F) of a validation clip in a checkpoint's folder; None where there is none."""
-    # It comes with soundfile, which those who bring their own mels can do without.
+def _example_mel(folder: Path) -> Tensor | None:
+    # It comes with soundfile, which users who bring their own mels can do without.
     from waveflow.audio.io import read_mel
 
     path = folder / EXAMPLE
@@ -475,5 +472,5 @@ def example_mel(folder: Path) -> Tensor | None:
 
 def _calibration_mel(folder: Path, config: MelConfig) -> Tensor:
     """The example (M, F) that came with a checkpoint, or something like speech."""
-    example = example_mel(folder)
+    example = _example_mel(folder)
     return speech_like_mel(config.n_mels) if example is None else example

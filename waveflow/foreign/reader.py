@@ -79,7 +79,7 @@ def write(file: BinaryIO, out: BinaryIO) -> None:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     torch_file = open_torch_file(file)
-    header, tensors = find_model(torch_file)
+    header, tensors = model_folder(torch_file)
     entries: dict[str, object] = {"__metadata__": {"waveflow": json.dumps(header)}}
     place = 0
     # The widest first, so that each starts at a multiple of its width.
@@ -116,7 +116,7 @@ def _in_order(tensor: TensorRef, file: TorchFile) -> bytes:
     return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False).tobytes()
 
 
-def find_model(file: TorchFile) -> tuple[dict[str, object], dict[str, TensorRef]]:
+def model_folder(file: TorchFile) -> tuple[dict[str, object], dict[str, TensorRef]]:
     """The fields of a `sandbox.Header`, and the model's tensors by the names in its state dict."""
     root = file.root
     outer: Mapping[object, object] = root if isinstance(root, dict) else {}

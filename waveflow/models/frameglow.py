@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from waveflow.audio.mel import MelConfig, mel_center_hz
@@ -35,18 +35,18 @@ from waveflow.bijections import (
     LappedSqueeze,
     OnChannels,
 )
-from waveflow.bijections.base import full_precision
+from waveflow.bijections.base import full_precision, zero_padding
+from waveflow.context import Context, context_of, total_context
 from waveflow.errors import ConfigError
-from waveflow.flow import Conditioner, Flow, reach
+from waveflow.flow import Conditioner, Flow, State
+from waveflow.models.registry import FlowConfig, register
 from waveflow.nn.frame import ConvNeXt, GatedStack
 from waveflow.nn.pitch import PitchHead
 from waveflow.nn.source import HarmonicSource
 
 
-class FrameGlowConfig(BaseModel):
+class FrameGlowConfig(FlowConfig):
     """Sizes of a FrameGlow; bins = the mel's hop length."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["frameglow"] = "frameglow"
     n_levels: int = Field(default=4, ge=0, le=6)
@@ -59,6 +59,7 @@ class FrameGlowConfig(BaseModel):
     log_scale_bound: float = Field(default=3.0, gt=0)
 
 
+@register(FrameGlowConfig)
 def frameglow(config: FrameGlowConfig, mel: MelConfig) -> Flow:
     """The Flow of a config, for mels of the given settings.
 
@@ -120,15 +121,17 @@ class FrameConditioner(Conditioner):
         self.encoder = ConvNeXt(width, config.encoder_layers)
         self.norm = nn.LayerNorm(width)
         self.register_buffer("band_to_bin", _interpolation(mel), persistent=False)
-        # The first frame of which all samples follow an F0 that a cut before it leaves alone.
-        self.anchor = reach(self.pitch) + reach(self.source)
-        # The encoder sees the voicing; the source is lapped.
-        frames = max(reach(self.pitch) + reach(self.encoder), self.anchor + reach(self.in_phase))
-        self.context = (frames, frames)
+        source = total_context(self.pitch, self.source)
+        # In a window that is cut out of an utterance, the F0 of the first frames is not yet right.
+        # This is the first frame whose samples all follow an F0 that the cut leaves alone.
+        self.anchor = int(source.left)
+        # The encoder sees the voicing; the source is lapped, one block on each side.
+        encoded = total_context(self.pitch, self.encoder)
+        lapped = source + Context(1, 1)
+        self.context = Context(*map(max, zip(encoded, lapped, strict=True)))
 
-    def forward(
-        self, mel: Tensor, mask: Tensor | None = None, start: Tensor | None = None
-    ) -> Condition:
+    def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
+        """The condition; `state` is the source's phase (B,), float64, in cycles, at `anchor`."""
         x = self.normalise(mel)
         mask_l1 = None if mask is None else mask.transpose(1, 2)
         # Envelope, pitch and phase under autocast would be heard.
@@ -137,11 +140,10 @@ class FrameConditioner(Conditioner):
             with torch.no_grad():
                 logits, voicing = self.pitch(x, mask_l1)
                 f0 = _hold_last(self.pitch.f0_hz(logits), mask)
-                # In training the phase of the source's start is random: none is to be learnt.
-                anchor = 0 if start is None or self.training else self.anchor
-                if start is None and self.training:
-                    start = torch.rand(len(f0), device=f0.device).double()
-                pulses = self.source(f0, start, anchor)[:, None]
+                if state is None and self.training:
+                    state = self.random_state(len(f0), f0.device)
+                anchor = 0 if state is None else min(self.anchor, f0.shape[1] - 1)
+                pulses = self.source(f0, state, anchor)[:, None]
             edges = Condition(mel, mask)
             source = self.in_phase(pulses, edges)[0].transpose(1, 2)
             quadrature = self.in_quadrature(pulses, edges)[0].transpose(1, 2)
@@ -151,11 +153,22 @@ class FrameConditioner(Conditioner):
         return Condition(features.transpose(1, 2), mask)
 
     @torch.no_grad()
-    def cycles(self, mel: Tensor, mask: Tensor | None = None) -> Tensor:
+    def carry(self, mel: Tensor, mask: Tensor | None, state: State, n_frames: int) -> State:
+        """The source's phase at the `anchor` of a window that begins `n_frames` later."""
+        end = n_frames + self.anchor
+        mel = mel[..., : end + self.anchor]
+        mask = None if mask is None else mask[..., : mel.shape[2]]
         with full_precision(mel):
             mask_l1 = None if mask is None else mask.transpose(1, 2)
             logits, _ = self.pitch(self.normalise(mel), mask_l1)
-            return self.source.cycles(_hold_last(self.pitch.f0_hz(logits), mask))
+            cycles = self.source.cycles(_hold_last(self.pitch.f0_hz(logits), mask))
+        if state is None:
+            return cycles[:, :end].sum(1).frac()
+        return (state + cycles[:, self.anchor : end].sum(1)).frac()
+
+    def random_state(self, n_items: int, device: torch.device) -> State:
+        """Any phase, because no phase of the source's start is to be learnt."""
+        return torch.rand(n_items, device=device).double()
 
     def pitch_loss(self, mel: Tensor, f0: Tensor, n_voiced: Tensor | None = None) -> Tensor:
         """`PitchHead.loss` for mels (B, M, F) and a tracker's F0 (B, F)."""
@@ -169,6 +182,8 @@ class FrameConditioner(Conditioner):
 
 class BaseNetwork(nn.Module):
     """Level and harmonic shift of every bin from the condition alone."""
+
+    context = Context()
 
     def __init__(self, layout: FeatureLayout) -> None:
         super().__init__()
@@ -189,12 +204,12 @@ class BaseNetwork(nn.Module):
 class LevelNetwork(nn.Module):
     """Levels of the odd bins from the energy of the even ones around them.
 
-    The mel gives the level of a band, and none above f_max; how loud a bin is beside its
-    neighbours is most of what the signal itself can add: a log-scale a(h) + b(h) log energy,
-    the energy of four passive bins in three frames.
+    The mel gives the level of a band, and none above f_max. Most that the signal itself can add
+    is how loud a bin is beside its neighbours: a log-scale a(h) + b(h) log energy, the energy of
+    four passive bins in three frames.
     """
 
-    reach = 1
+    context = Context(1, 1)
 
     def __init__(self, layout: FeatureLayout, n_active: int) -> None:
         super().__init__()
@@ -203,7 +218,7 @@ class LevelNetwork(nn.Module):
 
     def forward(self, passive: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
         h, *_ = self.layout.split(features)
-        energy = passive.square() if mask is None else passive.square() * mask
+        energy = zero_padding(passive.square(), mask)
         # Slices that are added: average pooling takes six times as long on a CPU.
         around = F.pad(energy.transpose(1, 2), (1, 2, 1, 1))
         energy = around[:, :-2] + around[:, 1:-1] + around[:, 2:]
@@ -230,6 +245,7 @@ class FrameNetwork(nn.Module):
             self.body = ConvNeXt(width, len(config.dilations))
         self.norm = nn.LayerNorm(width)
         self.leave = _zero_linear(width, 4 * half)
+        self.context = context_of(self.body)
 
     def forward(self, passive: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
         h, source, quadrature, _ = self.layout.split(features)

@@ -1,10 +1,11 @@
 """WaveGlow (Prenger, Valle, Catanzaro 2018), as its published code builds it."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
+from waveflow.audio.mel import MelConfig
 from waveflow.bijections import (
     Affine,
     Chain,
@@ -15,13 +16,17 @@ from waveflow.bijections import (
     InvertibleConv1x1,
     Squeeze,
 )
+from waveflow.bijections.base import zero_padding
 from waveflow.bijections.squeeze import squeeze
-from waveflow.flow import Conditioner, Flow
+from waveflow.context import Context
+from waveflow.errors import ConfigError
+from waveflow.flow import Conditioner, Flow, State
+from waveflow.models.registry import FlowConfig, register
 from waveflow.nn.upsample import Upsample
 from waveflow.nn.wavenet import WaveNet
 
 
-class WaveGlowConfig(BaseModel):
+class WaveGlowConfig(FlowConfig):
     """Sizes of a WaveGlow; the defaults are the published model of 256 channels.
 
     Attributes:
@@ -43,7 +48,7 @@ class WaveGlowConfig(BaseModel):
             published code; the first half is passive always without it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    denoiser_bias: ClassVar[Literal["zeros", "normal", "silence"]] = "zeros"
 
     type: Literal["waveglow"] = "waveglow"
     n_mels: PositiveInt = 80
@@ -87,14 +92,23 @@ class WaveGlowConfig(BaseModel):
         return self
 
 
-def waveglow(config: WaveGlowConfig) -> Flow:
-    """Builds the flow of figure 1 of the paper.
+@register(WaveGlowConfig)
+def waveglow(config: WaveGlowConfig, mel: MelConfig | None = None) -> Flow:
+    """The flow of figure 1 of the paper; `mel`, if given, must have the config's sizes.
 
     The paper's x in groups of 8 samples is x here, W_k the weight of `InvertibleConv1x1`, WN
     the `WaveNet`; its t and log s are shift and log_scale, its x_a the passive and x_b the
     active half (equations 5 to 8). Its sigma scales the noise at synthesis and is no part of
     the density here, which has sigma 1.
+
+    Raises:
+        ConfigError: the mel has other bands or another hop than the config.
     """
+    if mel is not None and (config.n_mels, config.hop_length) != (mel.n_mels, mel.hop_length):
+        raise ConfigError(
+            f"model has n_mels {config.n_mels} and hop_length {config.hop_length}, "
+            f"its mel {mel.n_mels} and {mel.hop_length}"
+        )
     conditioner: UpsampledMel | RepeatedMel
     if config.conditioning == "upsampled":
         conditioner = UpsampledMel(
@@ -132,11 +146,9 @@ class UpsampledMel(Conditioner):
         self.upsample = Upsample(n_mels, kernel_size, hop_length)
         self.squeeze_factor = squeeze_factor
         self.n_features = n_mels * squeeze_factor
-        self.context = ((kernel_size - 1) // hop_length, 0)
+        self.context = self.upsample.context
 
-    def forward(
-        self, mel: Tensor, mask: Tensor | None = None, start: Tensor | None = None
-    ) -> Condition:
+    def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
         """Mel (B, M, F) and mask (B, 1, F) to a condition of F hop / squeeze_factor positions."""
         features = squeeze(self.upsample(mel, mask), self.squeeze_factor)
         if mask is not None:
@@ -147,15 +159,15 @@ class UpsampledMel(Conditioner):
 class RepeatedMel(Conditioner):
     """Each mel frame held through its hop: M features, `times` positions for a frame."""
 
+    context = Context()
+
     def __init__(self, n_mels: int, times: int) -> None:
         super().__init__()
         self.times = times
         self.n_features = n_mels
 
-    def forward(
-        self, mel: Tensor, mask: Tensor | None = None, start: Tensor | None = None
-    ) -> Condition:
+    def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
         """Mel (B, M, F) and mask (B, 1, F) to a condition of F times positions."""
         if mask is not None:
-            mel, mask = mel * mask, mask.repeat_interleave(self.times, 2)
+            mel, mask = zero_padding(mel, mask), mask.repeat_interleave(self.times, 2)
         return Condition(mel.repeat_interleave(self.times, 2), mask)

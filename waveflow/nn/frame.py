@@ -1,8 +1,8 @@
 """Networks at the mel-frame rate: ConvNeXt blocks and a gated (WaveNet-like) stack.
 
-All take and return (B, L, C), where the pointwise layers, nearly all of the cost, are plain
-matrix products, and an optional mask (B, L, 1): what lies beyond an item's end is zeroed
-before each convolution, so that a padded item gets what it gets alone.
+All take and return (B, L, C): the pointwise layers, nearly all of the cost, are plain matrix
+products there. All take an optional mask (B, L, 1) and fill an item's padding with zeros before
+each convolution, so that a padded item gets what it gets alone.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from waveflow.context import Context, total_context
+
 
 class DepthwiseConv(nn.Conv1d):
     """A depthwise convolution along L of (B, L, C), zero-padded to the same length."""
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__(channels, channels, kernel_size, padding="same", groups=channels)
-        self.reach = kernel_size // 2
+        self.context = Context(kernel_size // 2, kernel_size // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         # As a channels-last 2-D convolution it reads (B, L, C) memory without a copy.
@@ -38,6 +40,7 @@ class ConvNeXtBlock(nn.Module):
         self.expand = nn.Linear(channels, expansion * channels)
         self.contract = nn.Linear(expansion * channels, channels)
         self.gain = nn.Parameter(torch.full((channels,), 0.3))
+        self.context = self.depthwise.context
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         h = self.norm(self.depthwise(_zero_padding(x, mask)))
@@ -50,6 +53,7 @@ class ConvNeXt(nn.Module):
     def __init__(self, channels: int, n_layers: int, kernel_size: int = 7) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ConvNeXtBlock(channels, kernel_size) for _ in range(n_layers))
+        self.context = total_context(*self.blocks)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for block in self.blocks:
@@ -64,7 +68,7 @@ class GatedLayer(nn.Module):
         super().__init__()
         self.kernel_size = kernel_size
         self.dilation = dilation
-        self.reach = dilation * (kernel_size // 2)
+        self.context = Context(dilation * (kernel_size // 2), dilation * (kernel_size // 2))
         self.dilated = nn.Linear(kernel_size * channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
 
@@ -83,6 +87,7 @@ class GatedStack(nn.Module):
     def __init__(self, channels: int, dilations: Sequence[int], kernel_size: int = 3) -> None:
         super().__init__()
         self.layers = nn.ModuleList(GatedLayer(channels, kernel_size, d) for d in dilations)
+        self.context = total_context(*self.layers)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for layer in self.layers:
@@ -91,4 +96,5 @@ class GatedStack(nn.Module):
 
 
 def _zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
+    # Selected, not multiplied: padding may hold NaN.
+    return x if mask is None else x.masked_fill(mask == 0, 0.0)

@@ -24,6 +24,7 @@ class PitchHead(nn.Module):
         self.body = ConvNeXt(channels, n_layers)
         self.norm = nn.LayerNorm(channels)
         self.leave = nn.Linear(channels, N_CLASSES + 1)
+        self.context = self.body.context
 
     def forward(self, mel: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Class logits (B, L, 160) and voicing logit (B, L)."""

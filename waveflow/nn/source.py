@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from waveflow.context import Context
+
 
 class HarmonicSource(nn.Module):
     """F0 (B, L) in Hz, at frame centres, to a pulse train (B, L hop) of unit power.
@@ -18,8 +20,8 @@ class HarmonicSource(nn.Module):
     loses it within a minute. It runs on where the F0 stays defined, voiced or not.
     """
 
-    # Frames on each side whose F0 a frame's samples are interpolated from.
-    reach = 1
+    # A frame's samples are interpolated from the F0 of the frames beside it.
+    context = Context(1, 1)
 
     def __init__(self, sample_rate: int, hop_length: int) -> None:
         super().__init__()
@@ -27,34 +29,33 @@ class HarmonicSource(nn.Module):
         self.hop_length = hop_length
 
     def cycles(self, f0: Tensor) -> Tensor:
-        """By how many cycles (B, L), float64, the phase advances in each frame of f0 (B, L)."""
+        """Cycles (B, L), float64, by which the phase advances in each frame of f0 (B, L)."""
         return self._per_sample(f0).sum(2) / self.sample_rate
 
-    def forward(self, f0: Tensor, start: Tensor | None = None, anchor: int = 0) -> Tensor:
+    def forward(self, f0: Tensor, phase: Tensor | None = None, anchor: int = 0) -> Tensor:
         """Pulses of an F0 contour.
 
         Args:
             f0: (B, L).
-            start: (B,) float64, the running phase in cycles where frame `anchor` begins;
-                default 0.
+            phase: (B,) float64, in cycles, where frame `anchor` begins; default 0.
             anchor: a frame, 0 to L - 1.
         """
         per_sample = self._per_sample(f0)
-        phase = (per_sample / self.sample_rate).cumsum(2)
+        turns = (per_sample / self.sample_rate).cumsum(2)
         # Frame by frame and then within frames: fewer sums, so that less is lost to rounding.
-        cycles = phase[..., -1]
+        cycles = turns[..., -1]
         begin = cycles.cumsum(1) - cycles
         begin = begin - begin[:, anchor, None]
-        if start is not None:
-            begin += start[:, None]
-        phase += begin[..., None]
+        if phase is not None:
+            begin += phase[:, None]
+        turns += begin[..., None]
         # Nearest to 0, so that float32 resolves the pulses, where 1 / sin(phi / 2) is steep.
-        phase -= phase.round()
-        n_harmonics = (self.sample_rate / 2 / per_sample).floor_()
-        turns = (n_harmonics + 0.5).mul_(phase)
         turns -= turns.round()
-        top = turns.to(f0.dtype).mul_(2 * math.pi).sin_()
-        bottom = phase.to(f0.dtype).mul_(math.pi).sin_()
+        n_harmonics = (self.sample_rate / 2 / per_sample).floor_()
+        above = (n_harmonics + 0.5).mul_(turns)
+        above -= above.round()
+        top = above.to(f0.dtype).mul_(2 * math.pi).sin_()
+        bottom = turns.to(f0.dtype).mul_(math.pi).sin_()
         n_harmonics = n_harmonics.to(f0.dtype)
         # 0/0 at the pulse itself, where the sum is K: masked before the division.
         at_pulse = bottom.abs() < 1e-4

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+
+from waveflow.context import Context, total_context
 
 
 class WaveNet(nn.Module):
@@ -55,17 +56,9 @@ class WaveNet(nn.Module):
         nn.init.zeros_(self.end.bias)  # type: ignore[arg-type]
 
     @property
-    def receptive_field(self) -> int:
-        """Positions of x that one position of the result sees, itself included."""
-        return 1 + sum((c.kernel_size[0] - 1) * c.dilation[0] for c in self._dilated())
-
-    @property
-    def reach(self) -> int:
-        """Positions on each side that one position of the result sees."""
-        return self.receptive_field // 2
-
-    def _dilated(self) -> list[nn.Conv1d]:
-        return [layer for layer in self.in_layers if isinstance(layer, nn.Conv1d)]
+    def context(self) -> Context:
+        """Positions of x on each side of a position of the result that it depends on."""
+        return total_context(*self.in_layers)
 
     def forward(self, x: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, Cp, L), features (B, M, L) and mask (B, 1, L) to (B, out_channels, L).
@@ -79,7 +72,8 @@ class WaveNet(nn.Module):
             self.in_layers, conditions, self.res_skip_layers, strict=True
         ):
             if mask is not None:
-                h = h * mask
+                # Selected, not multiplied: padding may hold NaN.
+                h = h.masked_fill(mask == 0, 0.0)
             signal, gate = (in_layer(h) + condition).chunk(2, 1)
             *residual, skip = res_skip(signal.tanh() * gate.sigmoid()).split(
                 self.hidden_channels, 1
@@ -88,14 +82,3 @@ class WaveNet(nn.Module):
                 h = h + residual[0]
             skips = skips + skip
         return self.end(skips)
-
-
-def fold_weight_norm(module: nn.Module) -> nn.Module:
-    """Replaces, in place, every weight of direction and length by the weight itself.
-
-    For inference alone: names and shapes are no longer those of a checkpoint.
-    """
-    for layer in module.modules():
-        if is_parametrized(layer, "weight"):
-            remove_parametrizations(layer, "weight")
-    return module

@@ -14,8 +14,7 @@ def compile_networks(flow: Flow, device: torch.device, backend: str = "inductor"
     """Compiles the network of every coupling in place, at its first call; names stay.
 
     Networks alone, because they are nearly all of a step, while the path between them records
-    volumes (`record_log_dets`), and is run backwards by `Reversible`; neither would fit into one
-    graph. Networks of one shape share their code.
+    volumes for calibration. Networks of one shape share their code.
 
     Args:
         device: that the flow is trained on.

@@ -8,9 +8,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from waveflow.audio.mel import MEL_PRESETS, MelConfig
-from waveflow.checkpoint import SynthesisConfig, first_problem
+from waveflow.checkpoint import SynthesisConfig
 from waveflow.errors import ConfigError
-from waveflow.models.registry import FlowConfig
+from waveflow.models.registry import AnyFlowConfig, first_problem
 
 
 class TrainConfig(BaseModel):
@@ -38,10 +38,9 @@ class TrainConfig(BaseModel):
             Validations compare the same clips under the same noise, so the interval of one
             validation, which is about other clips, is no measure of what better means.
         precision: of the networks' matrix products; bijections stay in float32.
-        reversible: whether activations are rebuilt in the backward pass instead of kept, in a
-            memory that does not grow with the number of flows, for 4/3 of the time; "auto": where
-            they would else fill more than half of the device's memory; "checked": true, and each
-            step logs the input that was rebuilt worst, for finding faults.
+        recompute: whether the backward pass computes the couplings' networks again instead of
+            keeping their activations, in a memory that does not grow with the number of flows, for
+            4/3 of the time; "auto": where they would fill more than half of the device's memory.
         compile: whether torch.compile fuses the couplings' networks. The first steps wait minutes
             for a compiler; a CPU gains 1 to 3 %.
         threads: of torch on a CPU.
@@ -70,7 +69,7 @@ class TrainConfig(BaseModel):
     checkpoint_every: int = Field(default=500, gt=0)
     patience: int = Field(default=0, ge=0)
     precision: Literal["float32", "bf16"] = "float32"
-    reversible: bool | Literal["auto", "checked"] = "auto"
+    recompute: bool | Literal["auto"] = "auto"
     compile: bool = False
     threads: int = Field(default=1, gt=0)
 
@@ -99,7 +98,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: FlowConfig
+    model: AnyFlowConfig
     mel: MelConfig
     synthesis: SynthesisConfig = SynthesisConfig()
     train: TrainConfig = TrainConfig()

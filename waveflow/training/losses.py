@@ -1,6 +1,7 @@
 """The three objectives of training: likelihood, spectral energy distance and calibration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,8 +10,8 @@ from torch.nn import functional
 
 from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.audio.stft import overlap_add
-from waveflow.bijections.base import record_log_dets
-from waveflow.flow import Flow
+from waveflow.bijections import Bijection
+from waveflow.flow import Flow, select_items
 from waveflow.training.distributed import Share
 
 WINDOWS = (128, 256, 512, 1024, 2048)
@@ -91,12 +92,11 @@ def objectives(
     numbers of the whole batch from torch's generator and takes its own.
     """
     share = share or Share(0, len(audio), len(audio))
-    start = None
-    if flow.training:
-        start = share.of(torch.rand(share.total, device=audio.device)).double()
+    state = flow.conditioner.random_state(share.total, audio.device) if flow.training else None
+    state = select_items(state, slice(share.start, share.stop))
     autocast = torch.autocast(audio.device.type, torch.bfloat16, enabled=precision == "bf16")
-    with autocast, record_log_dets() as speech_path:
-        cond = flow.condition(mel, start=start)
+    with autocast, log_volumes(flow.bijection) as speech_path:
+        cond = flow.condition(mel, state=state)
         log_prob, _ = flow.log_prob(audio, cond)
     nll = -log_prob.mean()
     if not (energy or calibration):
@@ -104,15 +104,52 @@ def objectives(
     n_positions = audio.shape[1] // flow.channels
     noise = torch.randn(2, share.total, n_positions, flow.channels, device=audio.device)
     noise = share.of(noise, axis=1).flatten(0, 1)
-    with autocast, record_log_dets() as draw_path:
-        draws, _ = flow.transform.inverse(noise.transpose(1, 2), cond.repeat(2))
+    with autocast, log_volumes(flow.bijection) as draw_path:
+        draws, _ = flow.bijection.inverse(noise.transpose(1, 2), cond.repeat(2))
     distance = spectral.energy_distance(audio, draws[:, 0], levels) if energy else None
     gap = None
     if calibration:
-        speech_volume = -torch.stack(speech_path).sum(0) / flow.channels
-        draw_volume = torch.stack(draw_path).sum(0) / flow.channels
+        speech_volume = -by_frame(speech_path, mel.shape[2]) / flow.hop_length
+        draw_volume = by_frame(draw_path, mel.shape[2]) / flow.hop_length
         gap = torch.relu(speech_volume.repeat(2, 1) - draw_volume).mean()
     return Objectives(nll, distance, gap)
+
+
+@contextmanager
+def log_volumes(bijection: Bijection) -> Iterator[list[Tensor]]:
+    """Collects the log-derivatives of every elementwise map by position, (B, L), while open."""
+    terms: list[Tensor] = []
+    mapped: list[Any] = [module for module in bijection.modules() if hasattr(module, "map")]
+    for module in mapped:
+        module.map = _Observed(module.map, terms)
+    try:
+        yield terms
+    finally:
+        for module in mapped:
+            module.map = module.map.map
+
+
+class _Observed:
+    """An elementwise map that notes its log-derivatives."""
+
+    def __init__(self, map: Any, terms: list[Tensor]) -> None:
+        self.map, self.terms, self.n_params = map, terms, map.n_params
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return self._noted(*self.map.forward(x, params))
+
+    def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return self._noted(*self.map.inverse(z, params))
+
+    def _noted(self, y: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+        self.terms.append(log_det.sum(1))
+        return y, log_det
+
+
+def by_frame(terms: list[Tensor], n_frames: int) -> Tensor:
+    """The sum (B, F) of terms (B, L_k) of several resolutions."""
+    length = min(n_frames, *(term.shape[1] for term in terms))
+    return torch.stack([term.unflatten(1, (length, -1)).sum(2) for term in terms]).sum(0)
 
 
 class _Magnitudes(torch.autograd.Function):

@@ -1,15 +1,12 @@
-"""Whether a run has the memory to keep its activations, and how well it rebuilds them if not."""
+"""Whether a run has the memory to keep its activations."""
 
 import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from waveflow.bijections.reversible import record_drift
 from waveflow.flow import Flow
 from waveflow.training.config import Recipe
 
@@ -22,15 +19,15 @@ MOST_OF_MEMORY = 0.5
 COUNTED_FRAMES = (8, 24)
 
 
-def choose_reversible(flow: Flow, recipe: Recipe, n_items: int, device: torch.device) -> bool:
-    """What the recipe's `reversible` means for this flow on this device.
+def choose_recompute(flow: Flow, recipe: Recipe, n_items: int, device: torch.device) -> bool:
+    """What the recipe's `recompute` means for this flow on this device.
 
     Args:
         n_items: of a batch that are in memory at once.
     """
     config = recipe.train
-    if config.reversible != "auto":
-        return bool(config.reversible)
+    if config.recompute != "auto":
+        return bool(config.recompute)
     if config.energy_weight or config.calibration_weight:
         n_items *= 3  # the draws: two for each item
     short, long = (kept_bytes(flow, recipe.mel.n_mels, n, device) for n in COUNTED_FRAMES)
@@ -39,7 +36,7 @@ def choose_reversible(flow: Flow, recipe: Recipe, n_items: int, device: torch.de
     if kept <= MOST_OF_MEMORY * memory:
         return False
     logger.info(
-        "activations are rebuilt, not kept: they would fill %.1f of %.1f GB",
+        "activations are computed twice, not kept: they would fill %.1f of %.1f GB",
         kept / 1e9,
         memory / 1e9,
     )
@@ -68,24 +65,6 @@ def kept_bytes(flow: Flow, n_mels: int, n_frames: int, device: torch.device) -> 
     flow.train(training)
     del result
     return sum(kept.values())
-
-
-@contextmanager
-def drift_logged(wanted: bool) -> Iterator[None]:
-    """Logs, where it is wanted, the worst rebuilt input of the steps inside."""
-    if not wanted:
-        yield
-        return
-    with record_drift() as drifts:
-        yield
-    if drifts:
-        worst = max(drifts, key=lambda drift: drift.relative)
-        logger.info(
-            "the input rebuilt worst is off by %.1g of its root mean square: flow step %d, %s",
-            worst.relative,
-            worst.step,
-            worst.name,
-        )
 
 
 def _memory_bytes(device: torch.device) -> float:

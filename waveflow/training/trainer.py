@@ -61,7 +61,7 @@ from waveflow.training.distributed import (
 )
 from waveflow.training.log import MetricsLog
 from waveflow.training.losses import WINDOWS, SpectralDistance, objectives
-from waveflow.training.memory import choose_reversible, drift_logged
+from waveflow.training.memory import choose_recompute
 from waveflow.training.prefetch import Prefetch
 from waveflow.training.record import RUN_RECORD, run_record
 from waveflow.training.validation import validate
@@ -148,7 +148,7 @@ class Trainer:
         self.spectral = SpectralDistance(recipe.mel).to(self.device)
         self.share = own_share(config.batch_size)
         n_items = max(p.stop - p.start for p in self.share.split(config.accumulate))
-        self.flow.reversible = choose_reversible(self.flow, recipe, n_items, self.device)
+        self.flow.recompute = choose_recompute(self.flow, recipe, n_items, self.device)
         if config.compile:
             compile_networks(self.flow, self.device)
         sampler = SegmentSampler(
@@ -270,8 +270,7 @@ class Trainer:
         config = self.recipe.train
         for group in self.optimizer.param_groups:
             group["lr"] = group["factor"] * self._rate(self.step)
-        with drift_logged(config.reversible == "checked"):
-            values = self._gradients()
+        values = self._gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), config.clip_norm)
         values["gradient_norm"] = norm.item()
         if all(math.isfinite(value) for value in values.values()):
@@ -384,7 +383,7 @@ class Trainer:
         """Validates the averaged weights; whether they are the best so far."""
         averaged = build_flow(self.recipe.model, self.recipe.mel).to(self.device)
         averaged.load_state_dict(self.ema)
-        result = validate(averaged.prepare_for_inference(), self.cache, self.mel, self.device)
+        result = validate(averaged.eval(), self.cache, self.mel, self.device)
         values = {
             "log_likelihood": result.log_likelihood,
             "draw_log_likelihood": result.draw_log_likelihood,

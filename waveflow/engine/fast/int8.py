@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from waveflow.bijections import Condition, Coupling
+from waveflow.context import context_of
 from waveflow.engine.contract import each_item
 from waveflow.engine.fast.int8_graph import LARGEST, Array, Node, RowBlocks, RowGraph
 from waveflow.errors import ConfigError
-from waveflow.flow import Conditioner, Flow, reach
+from waveflow.flow import Conditioner, Flow, State
 from waveflow.models.frameglow import FrameNetwork
 from waveflow.nn.frame import GatedStack
 from waveflow.nn.wavenet import WaveNet
@@ -61,17 +62,17 @@ class Int8Decoder:
         z: Tensor,
         mel: Tensor,
         lengths: Tensor | None = None,
-        start: Tensor | None = None,
+        state: State = None,
     ) -> Tensor:
         """Noise z (B, C, L) and mel (B, M, F) to audio (B, C L), as `Flow.decode`.
 
         `lengths` (B,) are the frames of each padded item; its audio beyond them is zero.
-        `start` (B,) is the running phase of a harmonic source.
+        `state` is the conditioner's.
         """
-        return each_item(self._item, self._flow.hop_length, z, mel, lengths, start)
+        return each_item(self._item, self._flow.hop_length, z, mel, lengths, state)
 
-    def _item(self, z: Tensor, mel: Tensor, start: Tensor | None) -> Tensor:
-        return self._flow.decode(z, mel, None, start)
+    def _item(self, z: Tensor, mel: Tensor, state: State) -> Tensor:
+        return self._flow.decode(z, mel, None, state)
 
 
 def int8_decoder(flow: Flow, calibration_mel: Tensor) -> Int8Decoder:
@@ -109,7 +110,7 @@ def int8_decoder(flow: Flow, calibration_mel: Tensor) -> Int8Decoder:
             memo[id(network)] = _Int8WaveNet(network, peaks)
         else:
             memo[id(network)] = _int8_frame_network(network, peaks)
-    return Int8Decoder(copy.deepcopy(flow, memo).prepare_for_inference())
+    return Int8Decoder(copy.deepcopy(flow, memo))
 
 
 def speech_like_mel(n_mels: int, n_frames: int = 64) -> Tensor:
@@ -169,11 +170,10 @@ class _InRows(Conditioner):
     def __init__(self, conditioner: Conditioner) -> None:
         super().__init__()
         self.conditioner = conditioner
+        self.context = conditioner.context
 
-    def forward(
-        self, mel: Tensor, mask: Tensor | None = None, start: Tensor | None = None
-    ) -> Condition:
-        features, mask = self.conditioner(mel, mask, start)
+    def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
+        features, mask = self.conditioner(mel, mask, state)
         return Condition(features.transpose(1, 2).contiguous().transpose(1, 2), mask)
 
 
@@ -186,9 +186,9 @@ class _Int8WaveNet(nn.Module):
         steer, end = _weight(network.cond_layer)[:, :, 0], _weight(network.end)[:, :, 0]
         steer_scale = _scale(peaks[network.cond_layer], steer)
         result_bias = _bias(network.end)
-        graph = RowGraph(_GROUP_ROWS, network.reach)
+        graph = RowGraph(_GROUP_ROWS, int(network.context.left))
         passive, features = graph.input(network.start.in_channels), graph.input(steer.shape[1])
-        features = graph.history(graph.quantised(features, steer_scale), network.reach)
+        features = graph.history(graph.quantised(features, steer_scale), int(network.context.left))
         start = graph.affine(passive, _weight(network.start)[:, :, 0], _bias(network.start))
         h, result = graph.valid(start), None
         layers: Iterable[tuple[Any, Any, Array, Array]] = zip(
@@ -227,7 +227,7 @@ class _Int8WaveNet(nn.Module):
 def _int8_frame_network(network: FrameNetwork, peaks: dict[nn.Module, Array]) -> FrameNetwork:
     """A copy whose body is a graph of all layers, from `enter` to `leave`, for one item."""
     body: Any = network.body
-    graph = RowGraph(_FRAME_ROWS, reach(body))
+    graph = RowGraph(_FRAME_ROWS, int(context_of(body).left))
 
     def linear(x: Node, layer: nn.Linear) -> Node:
         scale = _scale(peaks[layer], _weight(layer))

@@ -34,7 +34,7 @@ from waveflow.engine.contract import each_item
 from waveflow.engine.fast.low_rank import Steering
 from waveflow.engine.fast.product import Product
 from waveflow.errors import ConfigError
-from waveflow.flow import Flow
+from waveflow.flow import Flow, State
 from waveflow.models.waveglow import RepeatedMel, UpsampledMel
 from waveflow.nn.wavenet import WaveNet
 
@@ -81,7 +81,7 @@ class RowsWaveGlow:
         self._steps = [
             _Step(
                 part.n_early,
-                part.mix.inverted()[0].T.float(),
+                part.mix.inverted().T.float(),
                 part.swap,
                 _Network(part.network, self._steering, dtype),
             )
@@ -99,16 +99,16 @@ class RowsWaveGlow:
         z: Tensor,
         mel: Tensor,
         lengths: Tensor | None = None,
-        start: Tensor | None = None,
+        state: State = None,
     ) -> Tensor:
         """Noise z (B, C, L) and mel (B, M, F) to audio (B, C L), as `Flow.decode`.
 
         `lengths` (B,) are the frames of each padded item; its audio beyond them is zero.
-        `start` is for flows with a harmonic source and ignored.
+        A WaveGlow has no `state`.
         """
-        return each_item(self._decode, self._hop_length, z, mel, lengths, start)
+        return each_item(self._decode, self._hop_length, z, mel, lengths, state)
 
-    def _decode(self, noise: Tensor, mel: Tensor, start: Tensor | None) -> Tensor:
+    def _decode(self, noise: Tensor, mel: Tensor, state: State) -> Tensor:
         """One item: noise (1, C, L) and mel (1, M, F) to audio (1, C L)."""
         z, mel = noise[0].T.float(), mel[0].T.float()
         features = self._steering.rows(mel).to(self._dtype)

@@ -21,7 +21,7 @@ from waveflow.bijections import Bijection, Condition, Coupling, InvertibleConv1x
 from waveflow.bijections.base import zero_log_det
 from waveflow.engine.fast.packed import PackedLinear, twin_of
 from waveflow.errors import ConfigError
-from waveflow.flow import Flow
+from waveflow.flow import Flow, State
 from waveflow.nn.pitch import PitchHead
 
 # On a GPU lengths are padded up to a multiple of it at least.
@@ -74,7 +74,7 @@ class TorchDecoder:
         z: Tensor,
         mel: Tensor,
         lengths: Tensor | None = None,
-        start: Tensor | None = None,
+        state: State = None,
     ) -> Tensor:
         """Noise z (B, C, L) and mel (B, M, F) to audio (B, C L), as `Flow.decode`."""
         n_samples = z.shape[1] * z.shape[2]
@@ -85,7 +85,7 @@ class TorchDecoder:
             z = z.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
         half = None if self._dtype == torch.float32 else self._dtype
         with torch.autocast(self._device.type, half, enabled=half is not None):
-            return self._flow.decode(z, mel, lengths, start)[:, :n_samples]
+            return self._flow.decode(z, mel, lengths, state)[:, :n_samples]
 
 
 def _for_decoding(module: nn.Module, dtype: torch.dtype, like: Tensor) -> nn.Module:
@@ -133,7 +133,7 @@ class _Unmix(Bijection):
     @torch.no_grad()
     def __init__(self, conv: InvertibleConv1x1) -> None:
         super().__init__()
-        self.linear = PackedLinear(conv.inverted()[0])
+        self.linear = PackedLinear(conv.inverted())
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         return self.linear(z.transpose(1, 2)).transpose(1, 2), zero_log_det(z)
@@ -144,11 +144,8 @@ class _Lapped(LappedSqueeze):
 
     def __init__(self, lapped: LappedSqueeze, like: Tensor) -> None:
         super().__init__(lapped.n, lapped.quadrature)
-        self.linear = PackedLinear(lapped.matrix(like))
-        self.cosine, self.sine = lapped.rotation(like)
-
-    def rotation(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cosine, self.sine
+        self.to(like)
+        self.linear = PackedLinear(lapped.exact("matrix", like))
 
     def transform(self, blocks: Tensor) -> Tensor:
         return self.linear(blocks)
@@ -159,7 +156,7 @@ class _Decoupling(Coupling):
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         passive, active = self.split.split(z)
-        active, _ = self.map.inverse(active, self._params(passive, cond))
+        active, _ = self.map.inverse(active, self._params(passive, active, cond))
         return self.split.merge(passive, active), zero_log_det(z)
 
 

@@ -1,0 +1,76 @@
+"""How a mel is sampled, and the speech that comes of it: the Vocoder's options and results."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from waveflow.errors import ConfigError
+
+# Steps beyond it change nothing that is heard or measured.
+MOST_REFINE_STEPS = 64
+
+
+@dataclass(frozen=True)
+class SynthesisOptions:
+    """How a mel is sampled.
+
+    Attributes:
+        sigma: standard deviation of the noise, 0 to 10; None takes the model's own.
+        seed: of the noise; one for all items, or one for each.
+        refine: mel refinement steps after the draw, 0 to 64; None takes the model's own.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    sigma: float | None = None
+    seed: int | Sequence[int] = 0
+    refine: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sigma is not None and not 0 <= self.sigma <= 10:
+            raise ConfigError(f"sigma {self.sigma} is out of range: give a number from 0 to 10")
+        if self.refine is not None and not 0 <= self.refine <= MOST_REFINE_STEPS:
+            raise ConfigError(
+                f"refine {self.refine} is out of range: give 0 to {MOST_REFINE_STEPS} steps"
+            )
+        if not isinstance(self.seed, int | np.integer | Sequence) or isinstance(self.seed, str):
+            raise ConfigError(f"seed {self.seed!r}: give an integer, or one for each mel")
+
+    def changed(self, changes: dict[str, Any]) -> "SynthesisOptions":
+        """These options with some fields changed, by name."""
+        return replace(self, **changes) if changes else self
+
+    def seeds(self, n_items: int) -> list[int]:
+        """A seed for each item.
+
+        Raises:
+            ConfigError: there are more or fewer seeds than items.
+        """
+        if isinstance(self.seed, int | np.integer):
+            return [int(self.seed)] * n_items
+        if len(self.seed) != n_items:
+            raise ConfigError(f"{len(self.seed)} seeds for {n_items} mels: give one for each")
+        return list(self.seed)
+
+
+# The model's own settings and seed 0.
+OWN_OPTIONS = SynthesisOptions()
+
+
+class Speech(NamedTuple):
+    """The result of a synthesis.
+
+    Attributes:
+        audio: (B, F hop_length), or (F hop_length,) of one mel, float32 in [-1, 1]; zeros beyond
+            an item's end.
+        n_samples: (B,), the samples of each item; None where no lengths were given.
+        notes: what a listener should know, in words: a foreign mel, clipped samples.
+    """
+
+    audio: Tensor
+    n_samples: Tensor | None
+    notes: list[str]
