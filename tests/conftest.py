@@ -103,12 +103,24 @@ def encode_with_terms(
     """z of a WaveGlow, then the sums over positions (n_flows, B) of log_s and of log|det W|."""
     import torch
 
-    from waveflow.bijections.base import record_log_dets
+    from waveflow.bijections import Coupling, InvertibleConv1x1
 
-    with torch.no_grad(), record_log_dets() as terms:
+    log_s: list[torch.Tensor] = []
+    log_det_w: list[torch.Tensor] = []
+    handles = []
+    for kind, terms in ((Coupling, log_s), (InvertibleConv1x1, log_det_w)):
+        for module in flow.bijection.modules():
+            if isinstance(module, kind):
+                handles.append(
+                    module.register_forward_hook(
+                        lambda _module, _inputs, output, terms=terms: terms.append(output[1])
+                    )
+                )
+    with torch.no_grad():
         z = flow.encode(audio, mel)
-    sums = torch.stack([term.sum(1) for term in terms])
-    return z, sums[1::2], sums[0::2]
+    for handle in handles:
+        handle.remove()
+    return z, torch.stack(log_s), torch.stack(log_det_w)
 
 
 def published_loss(flow: "Flow", audio: "Tensor", mel: "Tensor", sigma: float) -> "Tensor":

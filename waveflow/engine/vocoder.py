@@ -164,7 +164,7 @@ class Vocoder:
         batch, squeezed = checked_mel(mel, self.mel_config.n_mels, self.device, frames)
         notes = self._foreign_notes(batch, frames)
         audio = self._all_of(self._synthesis(len(batch), options, frames), batch)
-        notes += _clipping_notes(_n_clipped(audio, batch), audio.numel())
+        notes += _clipping_notes(_n_clipped(audio, batch, notes), audio.numel())
         audio.clamp_(-1, 1)
         if frames is None:
             return Speech(audio[0] if squeezed else audio, None, notes)
@@ -357,12 +357,13 @@ class Vocoder:
         least_frames: int,
         on_note: Callable[[str], None],
     ) -> Iterator[Tensor]:
-        foreign, n_clipped, n_samples = False, 0, 0
+        foreign: list[str] = []
+        n_clipped, n_samples = 0, 0
 
         def clipped(pieces: Iterator[Tensor], mel: Tensor) -> Iterator[Tensor]:
             nonlocal n_clipped, n_samples
             for audio in pieces:
-                n_clipped += _n_clipped(audio, mel)
+                n_clipped += _n_clipped(audio, mel, foreign)
                 n_samples += audio.shape[1]
                 yield audio[0].clamp(-1, 1)
 
@@ -372,8 +373,8 @@ class Vocoder:
             if len(piece) != 1:
                 raise MelMismatchError(f"a stream is of one mel (M, f), not {tuple(piece.shape)}")
             if not foreign:
-                for note in self._foreign_notes(piece):
-                    foreign = True
+                foreign += self._foreign_notes(piece)
+                for note in foreign:
                     on_note(note)
             yield from clipped(synthesis.push(piece, least_frames), piece)
         if piece is None:
@@ -408,14 +409,18 @@ def _clipping_notes(n_clipped: int, n_samples: int) -> list[str]:
     return [f"{100 * n_clipped / n_samples:.2g} % of the samples were clipped to [-1, 1]"]
 
 
-def _n_clipped(audio: Tensor, mel: Tensor) -> int:
-    """Samples beyond [-1, 1]. Raises MelMismatchError where there is no audio at all."""
+def _n_clipped(audio: Tensor, mel: Tensor, notes: list[str]) -> int:
+    """Samples beyond [-1, 1].
+
+    Raises:
+        MelMismatchError: samples that are not finite; it repeats the notes on the mel.
+    """
     # Neither this nor the count makes a second array of the audio's size.
     if not all(math.isfinite(end) for end in audio.aminmax()):
         low, high = mel.aminmax()
         raise MelMismatchError(
             f"this mel, {low:.3g} to {high:.3g}, gives samples that are not finite: speech lies "
-            "between -12 and 3 in natural logarithms"
+            f"between -12 and 3 in natural logarithms{''.join(f'; {note}' for note in notes)}"
         )
     return int((audio > 1).count_nonzero() + (audio < -1).count_nonzero())
 
