@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_model import ToyConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from toy_model import ToyConfig
 
 import waveflow
 from waveflow.audio.mel import MEL_PRESETS, MelConfig
@@ -146,7 +146,7 @@ def test_it_can_be_exported(strict: bool) -> None:
 
 @torch.no_grad()
 def test_it_compiles_into_one_graph() -> None:
-    """By dynamo and AOT; the code generator behind them needs a C++ compiler (tests marked slow)."""
+    """By dynamo and AOT; their code generator needs a C++ compiler (tests marked slow)."""
     torch._dynamo.reset()
     for name, (flow, n_mels) in shipped_and_toy().items():
         mel = torch.randn(1, n_mels, 12, generator=torch.Generator().manual_seed(2))
