@@ -17,7 +17,7 @@ LEVELS = [
     {"models"},
     {"checkpoint"},
     {"data", "metrics", "training", "engine", "foreign"},
-    {"tts", "export", "bench"},
+    {"tts", "export"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,8 +1,10 @@
-"""`waveflow bench`: how fast models are here, on every path that can run them."""
+"""`waveflow bench`: how much faster than its plain path the engine runs a model here."""
 
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+import statistics
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -11,8 +13,12 @@ from waveflow.cli.console import counting, note
 from waveflow.errors import ConfigError
 
 if TYPE_CHECKING:
-    from waveflow.bench.benchmark import Contenders
-    from waveflow.bench.figures import Benchmark, Settings
+    from torch import Tensor
+
+    from waveflow.engine.decoder import Precision
+    from waveflow.engine.vocoder import Vocoder
+
+PLAIN = "plain"
 
 
 def bench(
@@ -20,24 +26,13 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="Models that ship, folders of a checkpoint or run, or untrained sizes: "
-            "waveglow-256, waveglow-64, squeezewave-128-256, squeezewave-128-128, "
-            "squeezewave-256-256, squeezewave-256-128 (samples in a vector, channels). "
-            "Without it: the default model and waveglow-256.",
+            help="Models that ship, or folders of a checkpoint or run. Without it: the default.",
         ),
     ] = None,
     precision: Annotated[
         list[options.PrecisionName] | None,
         typer.Option("--precision", help="Of the engine; may be repeated. Without it: float32."),
     ] = None,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Also measure torch.compile, in each precision.")
-    ] = False,
-    device: options.Device = "cpu",
-    threads: Annotated[
-        int, typer.Option("--threads", min=1, max=1024, metavar="N", help="CPU threads.")
-    ] = 1,
-    batch: Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Items in a call.")] = 1,
     seconds: Annotated[
         list[float] | None,
         typer.Option(
@@ -45,138 +40,118 @@ def bench(
             min=0.05,
             max=600,
             metavar="X",
-            help="Length of an item; may be repeated. Without it: 1.",
+            help="Length of the audio; may be repeated. Without it: 1.",
         ),
     ] = None,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, max=1024, metavar="N", help="CPU threads.")
+    ] = 1,
+    device: options.Device = "cpu",
     runs: Annotated[
         int, typer.Option("--runs", min=1, metavar="N", help="Rounds, after one to warm up.")
     ] = 5,
-    peers: Annotated[
-        bool, typer.Option("--peers/--no-peers", help="Measure Vocos and Griffin-Lim too.")
-    ] = True,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            metavar="FOLDER",
-            help="Recordings: what each path of a trained model costs in quality (log-mel L1, "
-            "PESQ).",
-        ),
-    ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write all figures as JSON."),
-    ] = None,
-    picture: Annotated[
-        Path | None,
-        typer.Option("--picture", metavar="FILE", help="Also draw the speeds (.png, .svg, .pdf)."),
-    ] = None,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Also show where each path spends its time.")
-    ] = False,
-    training: Annotated[
-        bool,
-        typer.Option(
-            "--training",
-            help="Measure instead a WaveGlow's training step, activations kept or rebuilt.",
-        ),
-    ] = False,
+    verify: options.Verify = True,
 ) -> None:
-    """Measures speed, memory and latency of models here, all in one run.
+    """Speed of a model's engine beside its plain path, in each precision.
 
-    Each model runs as published (weight norm on), plain (eager float32, weight norm
-    folded), and by the engine in each precision. Paths take turns in one process, in
-    reversed order every second round. Ratios are medians (quartiles) over rounds, to
-    the plain path; with one thread, of CPU time. "share" is of the rate of matrix
-    products in the same precision and run, "SNR" against the plain path with the same
-    noise, "MB" the growth of the peak in a fresh process, "first audio" the seconds of
-    mel that a stream needs and of work until its first audio, "ready" those of making a
-    path and of its first call. No gradients are kept.
+    The plain path is eager float32 with weight norm folded. All paths of a model take
+    turns in one process. "x real time" is the median over the rounds; "x plain" the
+    median and quartiles of how many times as fast as the plain path a path is within
+    a round; "SNR" compares its draw with the plain path's for the same noise. With
+    one thread the clock is the CPU's.
 
     \b
     Examples:
       waveflow bench
-      waveflow bench waveglow-256 --precision float32 --precision int8 --seconds 4
-      waveflow bench runs/x --data recordings/ --json figures.json
-      waveflow bench waveglow-256 --training --device cuda --batch 3
+      waveflow bench runs/x --precision float32 --precision int8 --seconds 4
     """
-    # Before torch is imported, for libraries that read it once; the profiler's log is noise.
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    for path in (json_file, picture):
-        if path is not None:
-            options.check_writable(path)
-    if picture is not None:
-        _check_picture(picture)
-    if options.PrecisionName.auto in (precision or ()):
-        raise ConfigError("--precision auto: give those to be measured, such as float32 and int8")
+    precisions = [p.value for p in precision or (options.PrecisionName.float32,)]
+    if options.PrecisionName.auto in precisions:
+        raise ConfigError("--precision auto: name the precisions, such as float32 and bfloat16")
     options.set_threads(threads)
     options.check_device(device)
-    if training:
-        if precision or compile or data or picture or profile:
-            raise ConfigError(
-                "--training goes with --device, --threads, --batch, --seconds, --runs and --json "
-                "alone: leave out what else was given"
-            )
-        from waveflow.cli.bench_training import bench_training
-
-        bench_training(models or (), device, batch, seconds or (), runs, json_file)
-        return
-
-    from waveflow.bench.benchmark import prepare_contenders
-    from waveflow.bench.figures import Settings
-    from waveflow.cli.bench_report import draw, print_benchmark
-    from waveflow.files import atomic_path
-
-    chosen = {
-        "models": tuple(models or ()),
-        "precisions": tuple(p.value for p in precision or ()),
-        "seconds": tuple(seconds or ()),
-    }
-    settings = Settings.model_validate(
-        {name: value for name, value in chosen.items() if value}
-        | {"compile": compile, "peers": peers, "device": device}
-        | {"threads": threads, "batch": batch, "runs": runs}
-    )
-    result = _measured(settings, prepare_contenders(settings), data, profile)
-    if json_file is not None:
-        with atomic_path(json_file) as temporary:
-            temporary.write_text(result.to_json() + "\n", encoding="utf-8")
-    if picture is not None:
-        with atomic_path(picture) as temporary:
-            draw(result, temporary)
-    print_benchmark(result)
-    for reason in result.left_out:
-        note(f"left out: {reason}")
+    rows: list[Sequence[str]] = [("model", "path", "audio", "x real time", "x plain", "SNR dB")]
+    with counting("calls") as progress:
+        for name in dict.fromkeys(models or (None,)):
+            paths = load_paths(name, precisions, device, verify)
+            for length in seconds or (1.0,):
+                rows += compare(name, paths, length, runs, progress)
+    print_table(rows)
 
 
-def _measured(
-    settings: "Settings", contenders: "Contenders", data: Path | None, profile: bool
-) -> "Benchmark":
-    """Quality first, so that what is missing for it is found before the long work."""
-    from waveflow.bench.benchmark import benchmark
-    from waveflow.bench.profiling import profile as profiled
-    from waveflow.bench.quality import measure_quality, read_clips
+def load_paths(
+    name: str | None, precisions: Sequence[str], device: str, verify: bool
+) -> "dict[str, Vocoder]":
+    """The plain path, and the engine in each precision that can run here."""
+    from waveflow.engine.cost import plain_path
+    from waveflow.engine.vocoder import load
 
-    quality = []
-    if data is not None:
-        trained = [c for c in contenders.made if c.subject.trained]
-        if not trained:
-            raise ConfigError("--data measures trained models: give one, or leave it")
-        for contender in trained:
-            clips = read_clips(data, contender.subject.mel_config.sample_rate)
-            quality.append(measure_quality(contender, clips))
-    with counting("steps") as progress:
-        result = benchmark(settings, contenders, progress)
-    profiles = [profiled(settings, contender) for contender in contenders.made if profile]
-    return result.model_copy(update={"quality": tuple(quality), "profiles": tuple(profiles)})
+    paths = {PLAIN: plain_path(load(name, verify, device))}
+    for precision in dict.fromkeys(precisions):
+        vocoder = load(name, verify, device, cast("Precision", precision))
+        try:
+            _ = vocoder.decoder
+        except ConfigError as error:
+            note(f"left out: engine {precision}: {error}")
+        else:
+            paths[f"engine {precision}"] = vocoder
+    return paths
 
 
-def _check_picture(path: Path) -> None:
-    """Raises ConfigError before the long work, where the picture could not be drawn after it."""
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--picture {path}: give a name that ends in .png, .svg or .pdf")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("--picture needs matplotlib: pip install 'waveflow[plot]'") from error
+def compare(
+    name: str | None,
+    paths: "Mapping[str, Vocoder]",
+    seconds: float,
+    runs: int,
+    progress: Callable[[int, int], None],
+) -> list[Sequence[str]]:
+    """A row of the table for each path of a model, at one length of audio."""
+    import torch
+
+    from waveflow.engine.cost import clip_mel, speed_ratio, take_turns, timed
+    from waveflow.engine.vocoder import VocoderWarning
+    from waveflow.metrics.spectral import signal_to_noise_db
+    from waveflow.pretrained import DEFAULT_MODEL
+
+    plain = paths[PLAIN]
+    n_frames = max(1, round(seconds * plain.sample_rate / plain.hop_length))
+    mel = clip_mel(plain, n_frames)
+    audio_seconds = n_frames * plain.hop_length / plain.sample_rate
+
+    def synthesis(vocoder: "Vocoder") -> "Tensor":
+        # Copied, or an accelerator would still be at work when the clock is read.
+        return vocoder(mel).cpu()
+
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", VocoderWarning)
+        works = {
+            path: timed(partial(synthesis, vocoder), str(plain.device))
+            for path, vocoder in paths.items()
+        }
+        times = take_turns(works, runs, progress)
+        draws = {path: vocoder.draw(mel) for path, vocoder in paths.items()}
+    rows: list[Sequence[str]] = []
+    for path, own in times.items():
+        cells = ("1", "")
+        if path != PLAIN:
+            snr_db = signal_to_noise_db(draws[PLAIN], draws[path])
+            cells = (str(speed_ratio(times[PLAIN], own)), f"{snr_db:.0f}")
+        speed = short(audio_seconds / statistics.median(own))
+        rows.append((name or DEFAULT_MODEL, path, f"{seconds:g} s", speed, *cells))
+    return rows
+
+
+def short(value: float) -> str:
+    """Three digits, never with an exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def print_table(rows: Sequence[Sequence[str]], n_left: int = 2) -> None:
+    """Prints rows in columns: the first `n_left` aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < n_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())

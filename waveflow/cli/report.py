@@ -119,7 +119,7 @@ def info(
         return
     vocoder = options.load_vocoder(model, threads=threads, verify=verify)
     # Measured before anything else has warmed the model up, for the time of the first call.
-    measured = _speed(vocoder, model, threads) if speed else None
+    measured = _speed(vocoder, threads) if speed else None
     for name, value in _facts(vocoder, model).items():
         print(f"{name:<16}{value}")
     if measured is not None:
@@ -178,12 +178,10 @@ def _facts(vocoder: "Vocoder", model: str | None) -> dict[str, str]:
     }
 
 
-def _speed(vocoder: "Vocoder", model: str | None, threads: int) -> str:
-
+def _speed(vocoder: "Vocoder", threads: int) -> str:
     from waveflow.engine.cost import measure_speed
 
-    example = vocoder.example_mel()
-    speed = measure_speed(vocoder, example, threads=threads)
+    speed = measure_speed(vocoder, threads=threads)
     return (
         f"{speed.times_real_time:.1f} times real time on {speed.threads} CPU "
         f"thread{'s' if speed.threads > 1 else ''} ({speed.clip_seconds:.0f}-second clip, "

@@ -1,1 +1,0 @@
-"""What `waveflow bench` measures, and with what care."""
