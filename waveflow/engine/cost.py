@@ -128,13 +128,18 @@ def measure_speed(
 
 
 def plain_path(vocoder: Vocoder) -> Vocoder:
-    """The model without an engine: `Flow.decode` in eager float32, with weight norm folded.
+    """The model without an engine: `Flow.decode` in eager float32.
 
-    Every other path is compared with it. The flow of the vocoder given is changed.
+    Weight norm is folded and 1x1 convolutions are inverted once, as anybody would do. Every
+    other path is compared with it. The flow of the vocoder given is changed.
     """
     for layer in list(vocoder.flow.modules()):
         if is_parametrized(layer, "weight"):
             remove_parametrizations(layer, "weight")
+        for name in ("inverted", "log_abs_det"):
+            if hasattr(layer, name):
+                value = getattr(layer, name)().detach()
+                setattr(layer, name, lambda value=value: value)
     return Vocoder(vocoder.config, vocoder.flow, lambda flow: flow.decode, vocoder.folder)
 
 
