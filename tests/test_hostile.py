@@ -674,6 +674,20 @@ def test_the_output_of_the_process_is_checked(kind: str) -> None:
         sandbox.load(b"" if kind == "nothing" else json.dumps(found).encode(), file)
 
 
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_files_of_older_versions(container: str) -> None:
+    """Python 2 wrote texts as bytes, and gave an OrderedDict its items as an argument."""
+
+    def short(data: bytes) -> bytes:
+        return b"U" + bytes([len(data)]) + data
+
+    rebuild, one = name("torch._utils", "_rebuild_tensor"), number(1)
+    weight = call(rebuild, storage(number(4)), number(0), tuple_of(number(4)), tuple_of(one))
+    weights = call(ORDERED_DICT, list_of(list_of(short(b"upsample.weight"), weight)))
+    data = two(b"}(" + short(b"state_dict") + weights + short(b"by") + short(b"M\xfcller") + b"u")
+    assert list(read(CONTAINERS[container](data))) == ["upsample.weight"]
+
+
 # --- as a process, and from the command line ---
 
 

@@ -1,6 +1,7 @@
 """Finds the WaveGlow among the data of a checkpoint, whatever it is wrapped in."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from waveflow.errors import CheckpointError
 from waveflow.foreign.unpickle import Name, Record, TensorRef
@@ -112,12 +113,13 @@ def _lineage(module: Record | None, config: object) -> str | None:
 
 
 def _stride(upsample: Record | None) -> int | None:
-    stride = None if upsample is None else upsample.state.get("stride")
-    return stride[0] if isinstance(stride, tuple) and _is_count(*stride) else None
+    stride: Any = None if upsample is None else upsample.state.get("stride")
+    is_one = type(stride) is tuple and len(stride) == 1 and _is_count(stride[0])
+    return stride[0] if is_one else None
 
 
-def _is_count(*values: object) -> bool:
-    return len(values) == 1 and type(values[0]) is int and 0 < values[0] < 2**31
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**31
 
 
 def _described(root: object) -> str:
