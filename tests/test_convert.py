@@ -1,26 +1,33 @@
 """`waveflow convert`: every published form of a checkpoint gives the published numbers.
 
-The fixtures were computed with the published code. Tolerances are those of test_waveglow.py: the
-measured rounding of the references with room for another order of summation.
+The published code computed the fixtures. Tolerances are those of test_waveglow.py: the measured
+rounding of the references, with room for another order of summation.
 """
 
+import argparse
+import collections
+import datetime
+import io
 import json
+import pathlib
+import random
 import shutil
 import struct
 import subprocess
 import sys
+import types
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import encode_with_terms, latent, published_loss, upsample_weight
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import waveflow
 from waveflow.audio.mel import MEL_PRESETS
@@ -28,7 +35,7 @@ from waveflow.checkpoint import load_checkpoint
 from waveflow.cli.convert import Lineage as CliLineage
 from waveflow.cli.main import main
 from waveflow.errors import CheckpointError
-from waveflow.foreign import sandbox
+from waveflow.foreign import reader, sandbox
 from waveflow.foreign.convert import Converted, Lineage, convert
 from waveflow.foreign.nvidia import nvidia_names
 from waveflow.models.waveglow import WaveGlowConfig
@@ -76,13 +83,31 @@ def small() -> dict[str, Tensor]:
     return load_file(SMALL / "state_dict.safetensors")
 
 
+def saved(data: object, **options: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(data, file, **options)
+    return file
+
+
+def read(file: io.BytesIO) -> tuple[sandbox.Header, dict[str, Tensor]]:
+    """What the two halves of the reader give, both in this process."""
+    file.seek(0)
+    return sandbox.load(reader.describe(file).encode(), file)
+
+
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], tensor) for name, tensor in expected.items()
+    )
+
+
 Save = Callable[[object], Path]
 
 
-@pytest.fixture(params=[True, False], ids=["zip", "legacy"])
-def save(request: pytest.FixtureRequest, tmp_path: Path) -> Save:
+@pytest.fixture
+def save(tmp_path: Path) -> Save:
     def to_file(data: object) -> Path:
-        torch.save(data, tmp_path / "data.pt", _use_new_zipfile_serialization=request.param)
+        torch.save(data, tmp_path / "data.pt")
         return tmp_path / "data.pt"
 
     return to_file
@@ -191,15 +216,181 @@ def test_80_bands_as_safetensors(tmp_path: Path) -> None:
 # --- layouts ---
 
 
-@pytest.mark.parametrize("prefix", ["module.", "module.1."])
-def test_prefixes_of_wrapped_models(save: Save, small: dict[str, Tensor], prefix: str) -> None:
-    path = save({"state_dict": {prefix + k: v for k, v in small.items()}})
-    assert same_weights(convert(path), small)
+CONTAINERS = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 
 
-def test_one_tensor_under_two_names(save: Save, small: dict[str, Tensor]) -> None:
-    doubled = small | {"module.upsample.bias": small["upsample.bias"]}
-    assert "upsample.bias twice" in refusal(save({"state_dict": doubled}))
+@pytest.mark.parametrize(
+    "key", ["model", "state_dict", "model_state_dict", "waveglow", "generator", "net", "other"]
+)
+def test_keys_of_checkpoints(small: dict[str, Tensor], key: str) -> None:
+    for weights in (small, {f"module.{name}": tensor for name, tensor in small.items()}):
+        header, found = read(saved({"epoch": 3, key: weights, "iteration": 5}))
+        assert same(found, small) and header.iteration == 5
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("module.", "module.1.", "_orig_mod.", "model.", "waveglow.", "generator.", "vocoder."),
+        *("module._orig_mod.", "_orig_mod.module.", "model.generator.module.", "tts.vocoder.net."),
+    ],
+)
+def test_prefixes_of_state_dicts(tmp_path: Path, small: dict[str, Tensor], prefix: str) -> None:
+    wrapped = {f"{prefix}{name}": tensor for name, tensor in small.items()}
+    others = {"tts.encoder.weight": torch.ones(3)} if prefix.startswith("tts.") else {}
+    assert same(read(saved(wrapped | others))[1], small)
+    assert same(read(saved({"state_dict": collections.OrderedDict(wrapped)}))[1], small)
+    save_file(wrapped | others, tmp_path / "wrapped.safetensors")
+    assert same_weights(convert(tmp_path / "wrapped.safetensors"), small)
+
+
+def test_compiled_parts(small: dict[str, Tensor]) -> None:
+    compiled = {name.replace("WN.0.", "WN.0._orig_mod."): small[name] for name in small}
+    assert same(read(saved(compiled))[1], small)
+
+
+def test_several_models(small: dict[str, Tensor]) -> None:
+    other = {name: -tensor for name, tensor in small.items()}
+    assert same(read(saved({"ema": other, "model": small}))[1], small)
+    assert same(read(saved({"generator": small, "waveglow": other}))[1], other)
+    assert same(read(saved({"last": small, "best": small}))[1], small)
+    with pytest.raises(CheckpointError, match=r"it holds 2 models, under 'best\.' and 'last\.'"):
+        read(saved({"last": small, "best": other}))
+
+
+def test_one_tensor_under_two_names(tmp_path: Path, save: Save, small: dict[str, Tensor]) -> None:
+    bias = {"_orig_mod.upsample.bias": small["upsample.bias"] + 1}
+    assert "'upsample.bias' twice" in refusal(save({"state_dict": small | bias}))
+    save_file(small | bias, tmp_path / "twice.safetensors")
+    assert "'upsample.bias' twice" in refusal(tmp_path / "twice.safetensors")
+    newer = "WN.0.start.parametrizations.weight.original0"
+    doubled = small | {newer: small["WN.0.start.weight_g"] + 1}
+    assert "'WN.0.start.weight_g' twice" in refusal(save(doubled))
+
+
+class Options(argparse.Namespace):
+    """A class of the training script, in a file that nobody has."""
+
+    __slots__ = ("extra",)
+
+
+def beside(small: dict[str, Tensor]) -> dict[str, object]:
+    """What training scripts keep beside their model."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    tagged, plain = nn.Parameter(torch.ones(2)), torch.ones(2)
+    tagged.tag, plain.tag = "a", "b"  # type: ignore[attr-defined]
+    options = Options(path=pathlib.Path("runs"), sizes=torch.Size([3, 4]))
+    options.extra = 1
+    itself: list[object] = []
+    itself.append((itself, {"a": itself}))
+    return {
+        "args": argparse.Namespace(rate=1e-4, path=pathlib.PurePosixPath("runs/1")),
+        "options": options,
+        "history": collections.defaultdict(list, {"loss": [np.float64(0.5)], 3: []}),
+        "last": collections.deque([1, 2], 5),
+        "counts": collections.Counter("abc"),
+        "numpy": (np.float32(1.5), np.int64(4), np.arange(6).reshape(2, 3), np.dtype("f2")),
+        "torch": (torch.Size([1, 2]), torch.float16, torch.device("cpu"), torch.ones(2, 2).T),
+        "numbers": (2**70, -5, 1e300, 1 + 2j, True, None, b"bytes", "\u00fc", bytes(300)),
+        "sets": ({1, 2}, frozenset([("a", 1)]), set()),
+        "keys": {("a", 1): 2, 5: 6, None: 7, 1.5: 8, b"b": 9},
+        "types": (torch.complex(torch.ones(1), torch.ones(1)), torch.ones(2, dtype=torch.int8)),
+        "date": datetime.datetime(2018, 11, 8),
+        "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
+        "parameters": (tagged, plain, nn.Parameter(torch.ones(1), requires_grad=False)),
+        "optimizer": optimizer.state_dict(),
+        "whole_optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1),
+        "itself": itself,
+    }
+
+
+@CONTAINERS
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_other_things_in_checkpoints(small: dict[str, Tensor], protocol: int, new: bool) -> None:
+    options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": new}
+    data = {**beside(small), "model": small, "iteration": 7}
+    header, found = read(saved(data, **options))
+    assert same(found, small) and header.iteration == 7
+
+
+# --- pickled modules ---
+
+
+def published_classes(monkeypatch: pytest.MonkeyPatch, file: str) -> dict[str, type[nn.Module]]:
+    """Classes of the published names in a Python file that exists only during the test."""
+    names = ("WaveGlow", "WN", "Invertible1x1Conv")
+    classes = {name: type(name, (nn.Module,), {"__module__": file}) for name in names}
+    parts = file.split(".")
+    for n in range(1, len(parts) + 1):
+        module = types.ModuleType(".".join(parts[:n]))
+        vars(module).update(classes, __path__=[])
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return classes
+
+
+def as_module(
+    weights: Mapping[str, Tensor], classes: Mapping[str, type[nn.Module]], stride: int = 256
+) -> nn.Module:
+    """A module of these classes with these weights, as the published code would hold it."""
+    root = classes["WaveGlow"]()
+    root.upsample = nn.ConvTranspose1d(1, 1, 1, stride)
+    root.convinv, root.WN = nn.ModuleList(), nn.ModuleList()
+    for name, tensor in weights.items():
+        *path, own = name.split(".")
+        place = root
+        for part in path:
+            if not hasattr(place, part):
+                kinds = {id(root.WN): "WN", id(root.convinv): "Invertible1x1Conv"}
+                kind = kinds.get(id(place))
+                place.add_module(part, classes[kind]() if kind else nn.Module())
+            place = getattr(place, part)
+        setattr(place, own, nn.Parameter(tensor))
+        if own == "weight_v":
+            place.weight = torch.zeros_like(tensor)  # as old weight norm leaves it
+    return root
+
+
+@CONTAINERS
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+@pytest.mark.parametrize(
+    ("file", "lineage"),
+    [("glow", "glow"), ("nvidia.waveglow.glow", "glow"), ("waveglow.model", "dle"), ("my", None)],
+)
+def test_pickled_modules(
+    monkeypatch: pytest.MonkeyPatch,
+    small: dict[str, Tensor],
+    file: str,
+    lineage: str | None,
+    new: bool,
+) -> None:
+    options = {"pickle_protocol": 2 if new else 4, "_use_new_zipfile_serialization": new}
+    module = as_module(small, published_classes(monkeypatch, file), stride=200)
+    for data in (module, {"model": module}, {"generator": nn.DataParallel(module)}):
+        header, found = read(saved(data, **options))
+        assert same(found, small)
+        assert (header.lineage, header.hop_length) == (lineage, 200)
+
+
+def test_pickled_modules_of_dle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: dict[str, Tensor]
+) -> None:
+    """Their layout alone does not tell them from glow_old, but their class does."""
+    name = "nvidia-waveglow-dle/nvidia_waveglowpyt_fp32_module.pt"
+    weights = bare(FIXTURES / name)
+    module = as_module(weights, published_classes(monkeypatch, "waveglow.model"))
+    torch.save({"state_dict": nn.DataParallel(module)}, tmp_path / "dle.pt")
+    one = convert(tmp_path / "dle.pt")
+    assert one.lineage == "dle" and same_weights(one, small)
+    module = as_module(weights, published_classes(monkeypatch, "someones_model"))
+    torch.save(module, tmp_path / "unknown.pt")
+    assert "say --lineage" in refusal(tmp_path / "unknown.pt")
+
+
+# --- tensors ---
 
 
 def test_weight_norm_of_newer_torch(save: Save, small: dict[str, Tensor]) -> None:
@@ -209,7 +400,7 @@ def test_weight_norm_of_newer_torch(save: Save, small: dict[str, Tensor]) -> Non
         ): value
         for key, value in small.items()
     }
-    assert same_weights(convert(save({"model": OrderedDict(newer)})), small)
+    assert same_weights(convert(save({"model": collections.OrderedDict(newer)})), small)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -222,7 +413,8 @@ def test_other_types_become_float32(
     assert {v.dtype for v in one.flow.state_dict().values()} == {torch.float32}
 
 
-def test_views_of_one_storage(save: Save, small: dict[str, Tensor]) -> None:
+@CONTAINERS
+def test_views_of_one_storage(small: dict[str, Tensor], new: bool) -> None:
     """Offsets and strides are honoured: all tensors in one storage, the last axis slowest."""
     one = torch.cat(
         [value.permute(*range(value.dim())[::-1]).flatten() for value in small.values()]
@@ -233,7 +425,7 @@ def test_views_of_one_storage(save: Save, small: dict[str, Tensor]) -> None:
         part = one[start : start + value.numel()].view(shape)
         views[key] = part.permute(*range(value.dim())[::-1])
         start += value.numel()
-    assert same_weights(convert(save(views)), small)
+    assert same(read(saved(views, _use_new_zipfile_serialization=new))[1], small)
 
 
 def test_a_folded_row_of_zeros_stays_zero(save: Save) -> None:
@@ -250,7 +442,7 @@ def test_a_folded_row_of_zeros_stays_zero(save: Save) -> None:
 
 
 def bare(path: Path) -> dict[str, Tensor]:
-    """The state dict of a file without what tells its lineage."""
+    """The state dict of a file, without anything that tells its lineage."""
     _, weights = sandbox.read_torch_file(path)
     return weights
 
@@ -281,11 +473,9 @@ def test_the_oldest_layout_needs_no_classes(save: Save, small: dict[str, Tensor]
 
 @pytest.mark.parametrize("lineage", ["glow", "dle"])
 def test_a_flag_that_the_class_contradicts(lineage: Lineage) -> None:
-    assert f"its class is of glow_old: leave --lineage {lineage}" in refusal(
-        GLOW_OLD, lineage=lineage
-    )
+    assert f"it is of glow_old: leave out --lineage {lineage}" in refusal(GLOW_OLD, lineage=lineage)
     other = FIXTURES / "nvidia-waveglow-zip/waveglow_4000"
-    assert "its class is of glow: leave --lineage glow_old" in refusal(other, lineage="glow_old")
+    assert "it is of glow: leave out --lineage glow_old" in refusal(other, lineage="glow_old")
 
 
 def test_a_row_without_direction(save: Save, small: dict[str, Tensor]) -> None:
@@ -296,7 +486,7 @@ def test_a_row_without_direction(save: Save, small: dict[str, Tensor]) -> None:
 
 def test_glow_old_has_early_outputs_every_four_flows(save: Save) -> None:
     path = save(bare(FIXTURES / "nvidia-waveglow-zip/waveglow_4000"))
-    assert "n_early_every is 2, but glow_old synthesises with 4" in refusal(
+    assert "n_early_every is 2, but glow_old always synthesises with 4" in refusal(
         path, lineage="glow_old"
     )
 
@@ -335,9 +525,6 @@ def test_sizes_of_the_config_are_checked(
     config = config_with("waveglow_config", **wrong)
     message = refusal(SMALL / "state_dict.safetensors", config)
     assert "is stated as" in message and "make it" in message
-    # A file that says its sizes itself needs no config, right or wrong.
-    file_states = FIXTURES / "nvidia-waveglow-dle/checkpoint_WaveGlow_module1.pt"
-    assert convert(file_states, config).config.model == SIZES
 
 
 def test_the_mel_follows_the_config(config_with: Callable[..., Path]) -> None:
@@ -403,7 +590,7 @@ def test_a_missing_config(tmp_path: Path) -> None:
 
 Change = Callable[[dict[str, Tensor]], object]
 STRANGE: dict[str, tuple[Change, str]] = {
-    "empty": (lambda w: w.clear(), "no tensors"),
+    "empty": (lambda w: w.clear(), "no tensor 'upsample.weight'"),
     "no_upsampler": (lambda w: w.pop("upsample.weight"), "no tensor 'upsample.weight'"),
     "no_bias": (lambda w: w.pop("upsample.bias"), "'upsample.bias' the first"),
     "no_matrices": (lambda w: [w.pop(f"convinv.{k}.conv.weight") for k in range(6)], "convinv.0"),
@@ -433,7 +620,7 @@ STRANGE: dict[str, tuple[Change, str]] = {
         "1x1 convolution 0 has no inverse",
     ),
     "nan": (lambda w: w["upsample.bias"].fill_(torch.nan), "not finite"),
-    "integers": (lambda w: w.update({"upsample.bias": torch.zeros(4, dtype=torch.int64)}), "Long"),
+    "integers": (lambda w: w.update({"upsample.bias": torch.zeros(4, dtype=torch.int64)}), "int64"),
     "even_kernel": (
         lambda w: w.update(
             {k: v[..., :2].clone() for k, v in w.items() if "in_layers" in k and k[-1] == "v"}
@@ -472,9 +659,10 @@ STRANGE: dict[str, tuple[Change, str]] = {
 def test_weights_that_are_no_waveglow(tmp_path: Path, small: dict[str, Tensor], kind: str) -> None:
     change, message = STRANGE[kind]
     change(small)
-    torch.save(small, tmp_path / "strange.pt")
-    found = refusal(tmp_path / "strange.pt", lineage="glow")
-    assert found.startswith(f"{tmp_path / 'strange.pt'}: ") and message in found
+    path = tmp_path / "strange.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in small.items()}, path)
+    found = refusal(path, lineage="glow")
+    assert found.startswith(f"{path}: ") and message in found
 
 
 @pytest.mark.parametrize(
@@ -482,8 +670,9 @@ def test_weights_that_are_no_waveglow(tmp_path: Path, small: dict[str, Tensor], 
     [torch.zeros(3), [1, 2], {"model": 3}, {"state_dict": {"a": "b"}}, "text", None, {"a": {}}],
     ids=repr,
 )
-def test_files_of_something_else(save: Save, data: object) -> None:
-    assert "it holds no" in refusal(save(data))
+def test_files_of_something_else(data: object) -> None:
+    with pytest.raises(CheckpointError, match="it holds no WaveGlow"):
+        read(saved(data))
 
 
 @pytest.mark.parametrize(
@@ -524,43 +713,43 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of the kernel
 
 @pytest.fixture(scope="module")
 def laborious(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A legacy file whose data are many empty dicts: seconds of time, hundreds of MB."""
+    """A legacy file with many empty dicts: seconds of time, gigabytes of memory."""
     start = (FIXTURES / "nvidia-waveglow-legacy/waveglow_4000").read_bytes()
     head = start[: start.index(b".\x80", start.index(b"little_endian")) + 1]
     path = tmp_path_factory.mktemp("large") / "large.pt"
-    path.write_bytes(head + b"\x80\x02](" + b"}" * 2_900_000 + b"e.")
+    path.write_bytes(head + b"\x80\x02](" + b"}" * 20_000_000 + b"e.")
     return path
 
 
 @linux
 def test_memory_is_limited(laborious: Path) -> None:
-    with pytest.raises(CheckpointError, match="more memory"):
-        sandbox.read_torch_file(laborious, memory_margin=150 * 2**20)
+    with pytest.raises(CheckpointError, match="64 MiB of memory"):
+        sandbox.read_torch_file(laborious, max_memory=64 * 2**20)
 
 
 @linux
 def test_time_is_limited(laborious: Path) -> None:
     with pytest.raises(CheckpointError, match="takes more than 1 s"):
-        sandbox.read_torch_file(laborious, max_cpu_seconds=1)
+        sandbox.read_torch_file(laborious, max_cpu_seconds=1, max_memory=2**33)
 
 
 @linux
 def test_a_session_may_have_tighter_limits() -> None:
     code = (
-        "import resource; from pathlib import Path; from waveflow.foreign import sandbox;"
-        "resource.setrlimit(resource.RLIMIT_CPU, (50, 50));"
-        "print(sandbox.read_torch_file(Path('nvidia-waveglow-zip/waveglow_4000'))[0].container)"
+        "import resource; resource.setrlimit(resource.RLIMIT_CPU, (50, 50));"
+        "from waveflow.foreign.reader import main; main(60, 2**30)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=FIXTURES, capture_output=True, text=True, env=ENVIRONMENT
-    )
-    assert (done.stdout.strip(), done.returncode) == ("zip", 0), done.stderr
+    with open(FIXTURES / "nvidia-waveglow-zip/waveglow_4000", "rb") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdin=file, capture_output=True, env=ENVIRONMENT
+        )
+    assert json.loads(done.stdout)["header"]["container"] == "zip", done.stderr
 
 
 @linux
 @pytest.mark.parametrize("deed", ["open('/etc/hostname')", "__import__('socket').socket()"])
 def test_the_reader_opens_nothing(deed: str) -> None:
-    """Should a file ever make it run something, then without files and without network."""
+    """Even if a file could make it run something, that would have no files and no network."""
     code = (
         "import resource, socket, sys; from waveflow.foreign.reader import _limit; "
         f"_limit(60, 2**31); {deed}"
@@ -623,7 +812,7 @@ def test_nothing_is_replaced(run: Run, tmp_path: Path) -> None:
 def test_a_refused_file_leaves_no_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "bad.pt").write_bytes(b"\x80\x02cos\nsystem\n.")
     status, _, err = run("convert", tmp_path / "bad.pt", "-o", tmp_path / "model")
-    assert status == 2 and "os.system" in err and err.count("\n") == 1
+    assert status == 2 and "bad.pt: it is a pickle, but" in err and err.count("\n") == 1
     assert not (tmp_path / "model").exists()
 
 

@@ -1,11 +1,12 @@
-"""Files that want to be run: none of them is, and each gives one typed error.
+"""Files that try to execute code or to exhaust the reader: none succeeds.
 
-A payload that works makes a canary, a file that must stay away. That the payloads do work where
-Python's own unpickler reads them is checked too: else this file would test nothing.
+A payload that works creates a file, the canary. The tests also check that the payloads do work when
+Python's own unpickler reads them; otherwise they would prove nothing.
 """
 
 import copyreg
 import io
+import json
 import os
 import pickle
 import random
@@ -19,11 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
 
 from waveflow.audio.io import read_mel
 from waveflow.cli.main import main
 from waveflow.errors import CheckpointError, MelMismatchError
-from waveflow.foreign import reader, unpickle
+from waveflow.foreign import container as container_module
+from waveflow.foreign import reader, sandbox, unpickle
 from waveflow.foreign.convert import convert
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -92,7 +97,7 @@ ORDERED_DICT = name("collections", "OrderedDict")
 TENSOR = name("torch._utils", "_rebuild_tensor_v2")
 MODULE = name("glow", "WaveGlow") + b")\x81"
 
-# Each of these makes the canary when pickle.loads reads it.
+# Each of these creates the canary when pickle.loads reads it.
 ARMED: dict[str, Payload] = {
     "os.system": system,
     "posix.system": lambda c: two(call(name("posix", "system"), shell(c))),
@@ -204,7 +209,7 @@ ARMED: dict[str, Payload] = {
     "after_the_model": lambda c: two(tuple_of(b"}", call(name("os", "system"), shell(c)))),
 }
 
-# --- data that would hurt a reader that believes it ---
+# --- data that would harm a reader that trusts it ---
 
 
 def storage(n_items: bytes, kind: bytes = name("torch", "FloatStorage")) -> bytes:
@@ -216,18 +221,29 @@ def view(stored: int, offset: bytes, shape: list[bytes], strides: list[bytes]) -
     return call(TENSOR, storage(number(stored)), offset, *axes, b"\x89", ORDERED_DICT + b")R")
 
 
+def model(weight: bytes) -> bytes:
+    return dict_of(**{"upsample.weight": weight})
+
+
 def tensor(stored: int, offset: bytes, shape: list[bytes], strides: list[bytes]) -> bytes:
-    return two(dict_of(model=dict_of(a=view(stored, offset, shape, strides))))
+    return two(dict_of(model=model(view(stored, offset, shape, strides))))
+
+
+def beside(payload: bytes) -> bytes:
+    """The payload in one checkpoint with a model of one tensor."""
+    good = model(view(4, number(0), [number(4)], [number(1)]))
+    # The memo is numbered: the payload goes first.
+    return b"\x80\x04}(" + text("beside") + payload[:-1] + text("model") + good + b"u."
 
 
 def laughing(kind: str, levels: int = 60) -> bytes:
-    """A list or tuple that holds one twice that holds one twice: 2^60 items, 60 in memory."""
+    """A list or tuple that has the same one twice, and so on: 2^60 items, 60 in memory."""
     data = (b"]" if kind == "list" else b")") + b"q\x00"
     for level in range(1, levels):
         twice = (b"h" + bytes([level - 1])) * 2
         held = b"](" + twice + b"e" if kind == "list" else twice + b"\x86"
         data += held + b"q" + bytes([level])
-    # All of them in one tuple, whose last is the largest.
+    # All are in one tuple, the largest last.
     return b"(" + data + b"t"
 
 
@@ -306,36 +322,21 @@ INERT: dict[str, bytes] = {
         )
         + b"Q"
     ),
-    "storage_of_two_sizes": two(tuple_of(storage(number(1)), storage(number(2)))),
-    "storage_of_negative_size": two(storage(number(-1))),
-    "storage_of_text_size": two(storage(text("1"))),
-    # Tensors.
-    "huge_tensor": tensor(10**15, number(0), [number(10**15)], [number(1)]),
-    "huge_shape": tensor(4, number(0), [number(10**15)], [number(1)]),
-    "expanded": tensor(4, number(0), [number(10**12)], [number(0)]),
-    "overflowing": tensor(4, number(0), [number(2**40)] * 2, [number(2**40)] * 2),
-    "negative_stride": tensor(4, number(3), [number(4)], [number(-1)]),
-    "negative_offset": tensor(4, number(-4), [number(4)], [number(1)]),
-    "negative_size": tensor(4, number(0), [number(-2), number(-2)], [number(1)] * 2),
-    "offset_beyond": tensor(4, number(1), [number(4)], [number(1)]),
-    "stride_beyond": tensor(4, number(0), [number(4)], [number(2)]),
-    "strides_missing": tensor(4, number(0), [number(2), number(2)], [number(1)]),
-    "many_axes": tensor(1, number(0), [number(1)] * 500, [number(1)] * 500),
-    "bool_as_size": tensor(4, number(0), [b"\x88"], [number(1)]),
-    "float_as_size": tensor(4, number(0), [b"G" + struct.pack(">d", 2.0)], [number(1)]),
     # Bombs.
     "lists_that_double": model_of(laughing("list")),
     "tuples_that_double": model_of(laughing("tuple")),
     "doubled_key": two(b"}" + laughing("tuple") + b"Ns"),
-    "doubled_shape": tensor(4, number(0), [laughing("tuple")], [number(1)]),
+    "doubled_in_a_set": four(b"\x8f(" + laughing("tuple") + b"\x90"),
+    "doubled_in_a_frozenset": four(b"(" + laughing("tuple") + b"\x91"),
     "doubled_id": two(laughing("tuple") + b"Q"),
     "doubled_function": two(laughing("tuple") + b")R"),
     "modules_that_double": nested_modules(60, twice=True),
     "module_in_itself": two(MODULE + b"q\x00" + dict_of(_modules=dict_of(a=b"h\x00")) + b"b"),
     "modules_a_thousand_deep": nested_modules(1000, twice=False),
     "tuples_deep": two(b")" + b"\x85" * 100_000),
-    "lists_deep": two(b"]" * 100_000 + b"a" * 99_999),
+    "lists_deep": two(b"]" * 30_000 + b"a" * 29_999),
     "memo_far_out": two(b"Nr" + b"\xff" * 4 + b"j" + b"\xff" * 4),
+    "bytearray_of_8_eb": b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f" + b".",
     "memo_missing": two(b"h\x07"),
     "text_of_4_gb": two(b"X" + b"\xff" * 4 + b"x"),
     "text_of_8_eb": four(b"\x8d" + b"\xff" * 7 + b"\x7f" + b"x"),
@@ -360,6 +361,53 @@ INERT: dict[str, bytes] = {
 }
 
 
+def stored_twice(one: bytes, other: bytes) -> bytes:
+    return two(tuple_of(storage(one), storage(other)))
+
+
+# Tensors of the model, and the reason to refuse each.
+TENSORS: dict[str, tuple[bytes, str]] = {
+    "huge_tensor": (tensor(10**14, number(0), [number(10**14)], [number(1)]), "another size"),
+    "huge_shape": (tensor(4, number(0), [number(10**14)], [number(1)]), "more numbers"),
+    "expanded": (tensor(4, number(0), [number(10**12)], [number(0)]), "more numbers"),
+    "overflowing": (tensor(4, number(0), [number(2**40)] * 2, [number(2**40)] * 2), "more numbers"),
+    "negative_stride": (tensor(4, number(3), [number(4)], [number(-1)]), "odd sizes"),
+    "negative_offset": (tensor(4, number(-4), [number(4)], [number(1)]), "odd sizes"),
+    "negative_size": (tensor(4, number(0), [number(-2), number(-2)], [number(1)] * 2), "odd sizes"),
+    "offset_beyond": (tensor(4, number(1), [number(4)], [number(1)]), "beyond its storage"),
+    "stride_beyond": (tensor(4, number(0), [number(4)], [number(2)]), "beyond its storage"),
+    "strides_missing": (tensor(4, number(0), [number(2), number(2)], [number(1)]), "no weights"),
+    "many_axes": (tensor(1, number(0), [number(1)] * 500, [number(1)] * 500), "odd sizes"),
+    "bool_as_size": (tensor(4, number(0), [b"\x88"], [number(1)]), "odd sizes"),
+    "float_as_size": (
+        tensor(4, number(0), [b"G" + struct.pack(">d", 2.0)], [number(1)]),
+        "odd sizes",
+    ),
+    "doubled_shape": (tensor(4, number(0), [laughing("tuple")], [number(1)]), "odd sizes"),
+    "storage_of_two_sizes": (stored_twice(number(1), number(2)), "two types or sizes"),
+    "storage_of_negative_size": (two(storage(number(-1))), "without a type, a name or a size"),
+    "storage_of_text_size": (two(storage(text("1"))), "without a type, a name or a size"),
+    "storage_of_integers": (
+        two(
+            dict_of(
+                model=model(
+                    call(
+                        TENSOR,
+                        storage(number(4), name("torch", "IntStorage")),
+                        number(0),
+                        tuple_of(number(4)),
+                        tuple_of(number(1)),
+                        b"\x89",
+                        ORDERED_DICT + b")R",
+                    )
+                )
+            )
+        ),
+        "no weights",
+    ),
+}
+
+
 # --- containers ---
 
 
@@ -372,10 +420,11 @@ def zipped(payload: bytes) -> bytes:
     return file.getvalue()
 
 
-def legacy(payload: bytes, keys: tuple[str, ...] = ("0",)) -> bytes:
+def legacy(payload: bytes) -> bytes:
+    keys = ["0"] if text("0") in payload else []
     machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
     head = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, machine)]
-    return b"".join([*head, payload, pickle.dumps(list(keys), 2), struct.pack("<q", 4), bytes(16)])
+    return b"".join([*head, payload, pickle.dumps(keys, 2), struct.pack("<q", 4), bytes(16)])
 
 
 CONTAINERS = {"zip": zipped, "legacy": legacy}
@@ -388,19 +437,49 @@ def canary(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _extension():
-    """The registry that the opcode EXT1 looks names up in, as some library may have filled it."""
+    """Fills the registry that the operation EXT1 reads, as some library might."""
     copyreg.add_extension("os", "system", EXTENSION)
     yield
     copyreg.remove_extension("os", "system", EXTENSION)
 
 
+def read(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a file, read in this process."""
+    file = io.BytesIO(data)
+    _, tensors = sandbox.load(reader.describe(file).encode(), file)
+    return tensors
+
+
 def refusal(data: bytes) -> str:
     """The one line for a file, read in this process."""
     with pytest.raises(CheckpointError) as caught:
-        reader.write(io.BytesIO(data), io.BytesIO())
+        read(data)
     message = str(caught.value)
     assert message and "\n" not in message and len(message) < 500
     return message
+
+
+PLAIN = {type(None), bool, int, float, str, bytes, tuple, list, dict}
+PLAIN |= {unpickle.Name, unpickle.Record, unpickle.Storage, unpickle.TensorRef}
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value and all values in it are of the types that can do nothing."""
+    todo, seen = [value], {}
+    while todo:
+        value = todo.pop()
+        if type(value) not in PLAIN:
+            return False
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, unpickle.Record):
+            todo += [value.kind, value.items, value.state]
+        elif isinstance(value, dict):
+            todo += [*value.keys(), *value.values()]
+        elif isinstance(value, tuple | list):
+            todo += value
+    return True
 
 
 @pytest.mark.parametrize("kind", ARMED)
@@ -414,16 +493,57 @@ def test_the_payloads_work_elsewhere(canary: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("kind", ARMED)
-def test_nothing_is_run(canary: Path, kind: str, container: str) -> None:
-    message = refusal(CONTAINERS[container](ARMED[kind](canary)))
+def test_nothing_is_executed(canary: Path, kind: str, container: str) -> None:
+    refusal(CONTAINERS[container](ARMED[kind](canary)))
     assert not canary.exists()
-    assert "refused" in message
+
+
+# Operations that torch.save does not write, or calls of what a call gave.
+REFUSED = {"inst", "obj", "extension", "getattr", "getattr_chain", "attrgetter", "methodcaller"}
+REFUSED |= {"partial"}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("kind", ARMED)
+def test_beside_a_model_payloads_do_nothing(canary: Path, kind: str, container: str) -> None:
+    data = CONTAINERS[container](beside(ARMED[kind](canary)))
+    if kind in REFUSED:
+        refusal(data)
+    else:
+        assert list(read(data)) == ["upsample.weight"]
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("kind", [*ARMED, *INERT])
+def test_a_pickle_gives_plain_data_or_an_error(canary: Path, kind: str) -> None:
+    data = ARMED[kind](canary) if kind in ARMED else INERT[kind]
+    before = [dict(vars(it)) for it in (unpickle, unpickle.Name, unpickle.Record)]
+    value = None
+    with suppress(Exception):
+        value = unpickle.read_pickle(io.BytesIO(data))
+    assert is_plain(value)
+    assert [dict(vars(it)) for it in (unpickle, unpickle.Name, unpickle.Record)] == before
+
+
+def test_the_check_for_plain_data_sees_something() -> None:
+    record = unpickle.Record()
+    record.state["x"] = [(os.system,)]
+    assert is_plain([1, "a", unpickle.Record()]) and not is_plain({"a": record})
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("kind", INERT)
-def test_nothing_is_believed(kind: str, container: str) -> None:
+def test_odd_data_harm_nothing(kind: str, container: str) -> None:
     refusal(CONTAINERS[container](INERT[kind]))
+    with suppress(CheckpointError):
+        assert list(read(CONTAINERS[container](beside(INERT[kind])))) == ["upsample.weight"]
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("kind", TENSORS)
+def test_tensors_stay_in_the_file(kind: str, container: str) -> None:
+    payload, reason = TENSORS[kind]
+    assert reason in refusal(CONTAINERS[container](payload))
 
 
 @pytest.mark.parametrize("place", range(5))
@@ -431,15 +551,17 @@ def test_every_pickle_of_the_legacy_container_is_read_so(canary: Path, place: in
     machine = {"little_endian": True}
     good = [pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, machine, {}, [])]
     parts = [*good[:place], system(canary), *good[place + 1 :]]
-    assert "os.system" in refusal(b"".join(parts))
+    refusal(b"".join(parts))
     assert not canary.exists()
 
 
 def test_source_code_beside_a_class_is_ignored(canary: Path) -> None:
     source = f"open({str(canary)!r}, 'w')"
     identity = tuple_of(text("module"), name("glow", "WaveGlow"), text("glow.py"), text(source))
-    payload = two(dict_of(model=identity + b"Q)\x81" + dict_of(training=b"\x88") + b"b"))
-    assert "no tensors" in refusal(legacy(payload, ()))
+    weight = view(4, number(0), [number(4)], [number(1)])
+    modules = dict_of(upsample=MODULE + dict_of(_parameters=dict_of(weight=weight)) + b"b")
+    payload = two(dict_of(model=identity + b"Q)\x81" + dict_of(_modules=modules) + b"b"))
+    assert list(read(legacy(payload))) == ["upsample.weight"]
     assert not canary.exists()
 
 
@@ -503,51 +625,103 @@ def test_archives_with_a_name_twice() -> None:
 
 def test_tensors_that_share_a_storage_cannot_outgrow_the_file() -> None:
     one = view(4, number(0), [number(4)], [number(1)])
-    few = dict_of(a=one, b=one, c=one)
-    assert reader.write(io.BytesIO(zipped(model_of(few))), io.BytesIO()) is None
+    few = dict_of(**{"upsample.weight": one, "b": one, "c": one})
+    assert len(read(zipped(model_of(few)))) == 3
     again = {f"a{i}": b"h\x01" for i in range(1000)}
-    many = dict_of(a=one + b"q\x01", **again)
-    assert "share storages" in refusal(zipped(model_of(many)))
+    many = dict_of(**{"upsample.weight": one + b"q\x01", **again})
+    assert "more numbers than the file" in refusal(zipped(model_of(many)))
 
 
-def test_too_many_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpickle, "MAX_OPERATIONS", 1000)
-    assert "more than 1,000 operations" in refusal(zipped(two(b"(" + b"N" * 1000 + b"t")))
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_large_pickles(monkeypatch: pytest.MonkeyPatch, container: str) -> None:
+    payload = CONTAINERS[container](two(b"(" + b"N" * 1000 + b"t"))
+    assert "no WaveGlow" in refusal(payload)
+    monkeypatch.setattr(container_module, "MAX_PICKLE", 1000)
+    assert "no WaveGlow" not in refusal(payload)
+
+
+def test_numbers_that_are_damaged() -> None:
+    good = zipped(tensor(4, number(0), [number(4)], [number(1)]))
+    assert read(good)["upsample.weight"].tolist() == [0, 0, 0, 0]
+    place = good.index(b"archive/data/0") + len("archive/data/0")
+    damaged = good[:place] + b"\x01" + good[place + 1 :]
+    assert "is cut off or damaged" in refusal(damaged)
+
+
+DESCRIPTIONS: dict[str, dict[str, object]] = {
+    "place": {"place": (10**9, None)},
+    "negative_place": {"place": (-4, None)},
+    "offset": {"offset": 2},
+    "negative_offset": {"offset": -1},
+    "strides": {"strides": (3,)},
+    "negative_stride": {"strides": (-1,)},
+    "no_strides": {"strides": ()},
+    "size": {"n_items": 100, "shape": (100,)},
+    "repeated": {"shape": (10**12,), "strides": (0,)},
+    "kind": {"kind": "LongStorage"},
+    "text": {"shape": "4"},
+    "field": {"path": "/etc/passwd"},
+}
+
+
+@pytest.mark.parametrize("kind", [*DESCRIPTIONS, "nothing"])
+def test_the_output_of_the_process_is_checked(kind: str) -> None:
+    """Even if a file could make the process say what it wants."""
+    file = io.BytesIO(zipped(tensor(4, number(0), [number(4)], [number(1)])))
+    found = json.loads(reader.describe(file))
+    found["tensors"]["upsample.weight"] |= DESCRIPTIONS.get(kind, {})
+    with pytest.raises(CheckpointError):
+        sandbox.load(b"" if kind == "nothing" else json.dumps(found).encode(), file)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_files_of_older_versions(container: str) -> None:
+    """Python 2 wrote texts as bytes, and gave an OrderedDict its items as an argument."""
+
+    def short(data: bytes) -> bytes:
+        return b"U" + bytes([len(data)]) + data
+
+    rebuild, one = name("torch._utils", "_rebuild_tensor"), number(1)
+    weight = call(rebuild, storage(number(4)), number(0), tuple_of(number(4)), tuple_of(one))
+    weights = call(ORDERED_DICT, list_of(list_of(short(b"upsample.weight"), weight)))
+    data = two(b"}(" + short(b"state_dict") + weights + short(b"by") + short(b"M\xfcller") + b"u")
+    assert list(read(CONTAINERS[container](data))) == ["upsample.weight"]
 
 
 # --- as a process, and from the command line ---
 
 
-@pytest.mark.parametrize("kind", ["os.system", "stack_global", "in_the_optimizer", "nested"])
+@pytest.mark.parametrize("kind", ["os.system", "in_the_optimizer"])
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_the_whole_way(tmp_path: Path, canary: Path, kind: str, container: str) -> None:
     path = tmp_path / "hostile.pt"
     path.write_bytes(CONTAINERS[container](ARMED[kind](canary)))
-    with pytest.raises(CheckpointError, match="refused") as caught:
+    with pytest.raises(CheckpointError) as caught:
         convert(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert sorted(os.listdir(tmp_path)) == ["hostile.pt"]
 
 
-@pytest.mark.parametrize("odd", ["\x1b[31mred", "two\nlines", "\u202eturned"])
-def test_names_cannot_steer_a_terminal(tmp_path: Path, odd: str) -> None:
-    path = tmp_path / "odd.pt"
-    tensors = {odd: view(4, number(0), [number(4)], [number(1)])}
-    for payload in (
-        two(tuple_of(text(odd), name("glow", "WN")) + b"Q"),
-        model_of(dict_of(**tensors)),
-    ):
-        path.write_bytes(zipped(payload))
+def test_names_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    path, odd = tmp_path / "odd.pt", "\x1b[31mred\nlines\r\x07\u202eturned"
+    one, lone = view(4, number(0), [number(4)], [number(1)]), b"X\x03\x00\x00\x00\xed\xa0\x80"
+    files = [
+        zipped(two(tuple_of(text("storage"), stack_name(odd, odd)) + b"Q")),
+        zipped(four(call(stack_name(odd, odd)))),
+        zipped(two(b"}" + lone + b"Ns")),
+        zipped(model_of(dict_of(**{odd: one}))),
+        zipped(model_of(dict_of(**{"upsample.weight": one, odd: one}))),
+        safetensors.torch.save({odd: torch.zeros(1)}),
+        safetensors.torch.save({"upsample.weight": torch.zeros(1), odd: torch.zeros(1)}),
+    ]
+    for data in files:
+        path.write_bytes(data)
         with pytest.raises(CheckpointError) as caught:
             convert(path)
         assert str(caught.value).isprintable()
-    lone = b"X\x03\x00\x00\x00\xed\xa0\x80"
-    path.write_bytes(zipped(two(tuple_of(lone, name("glow", "WN")) + b"Q")))
-    with pytest.raises(CheckpointError):
-        convert(path)
 
 
-@pytest.mark.parametrize("kind", ["modules_that_double", "huge_tensor", "text_of_4_gb"])
+@pytest.mark.parametrize("kind", ["modules_that_double", "doubled_key", "text_of_4_gb"])
 def test_the_whole_way_of_bombs(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "bomb.pt"
     path.write_bytes(legacy(INERT[kind]))
@@ -578,8 +752,6 @@ def write_bare(path: Path, hostile: object, suffix: str) -> None:
 
 
 def write_torch(path: Path, hostile: object, new: bool) -> None:
-    import torch
-
     torch.save(hostile, path.with_suffix(".pt"), _use_new_zipfile_serialization=new)
 
 
@@ -612,20 +784,26 @@ def test_mels(
 # --- damage ---
 
 
-@pytest.mark.parametrize("file", ["zip/waveglow_4000", "legacy/waveglow_4000", "dle/"])
-def test_damaged_files_are_read_or_refused(file: str) -> None:
-    """Whatever a flipped byte makes of the pickle or of the container: no other error."""
+@pytest.mark.parametrize(
+    ("file", "n_flips"),
+    [
+        ("zip/waveglow_4000", 20),
+        ("legacy/waveglow_4000", 20),
+        ("dle/checkpoint_WaveGlow_module1.pt", 60),
+    ],
+)
+def test_damaged_files_are_read_or_refused(file: str, n_flips: int) -> None:
+    """A flipped byte in the pickle or in the container gives no other error."""
     path = FIXTURES / f"nvidia-waveglow-{file}"
-    path = next(path.glob("checkpoint*")) if path.is_dir() else path
     good, rng = path.read_bytes(), random.Random(0)
     refused = 0
-    for _ in range(40):
+    for _ in range(n_flips):
         data = bytearray(good)
         # Half of the flips in the pickle, which lies at the start; the rest anywhere.
         end = rng.choice([20_000, len(data)])
         data[rng.randrange(end)] ^= rng.randrange(1, 256)
         try:
-            reader.write(io.BytesIO(data), io.BytesIO())
+            read(bytes(data))
         except CheckpointError as error:
             refused += 1
             assert "\n" not in str(error)

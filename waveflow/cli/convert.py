@@ -1,4 +1,4 @@
-"""`waveflow convert`: published checkpoints to our folders."""
+"""`waveflow convert`: turns a published checkpoint into a model folder."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Lineage(StrEnum):
-    """The values of `waveflow.foreign.convert.Lineage`, which --help must not import."""
+    """The values of `waveflow.foreign.convert.Lineage`; importing that would slow --help down."""
 
     auto = "auto"
     glow = "glow"
@@ -42,11 +42,12 @@ def convert(
         Lineage, typer.Option("--lineage", help="The code that the weights belong to.")
     ] = Lineage.auto,
 ) -> None:
-    """Published WaveGlow checkpoints to a model's folder, without running them.
+    """Turn a published WaveGlow checkpoint into a model folder.
 
-    Reads what NVIDIA's WaveGlow and the WaveGlow of its DeepLearningExamples
-    (torch.hub) have written since 2018. The file is read by a process of its own
-    that calls nothing in it. Without --config the mel settings are NVIDIA's.
+    Reads checkpoints of NVIDIA's WaveGlow and of its DeepLearningExamples
+    (torch.hub) since 2018, also wrapped in the checkpoints of other trainings. A
+    process of its own reads the file, and nothing in the file is executed.
+    Without --config the mel settings are NVIDIA's.
 
     \b
     Examples:
@@ -60,7 +61,7 @@ def convert(
     _check_new(out)
     converted = read(checkpoint, config, lineage.value)
     save_checkpoint(out, converted.config, converted.flow.state_dict())
-    print(f"read {checkpoint}: {_words(converted)}")
+    print(f"read {checkpoint}: {_summary(converted)}")
     print(f"wrote {out}: waveflow vocode mel.npy -o out.wav --model {out}")
 
 
@@ -72,7 +73,7 @@ def _check_new(folder: Path) -> None:
         raise ConfigError(f"{folder} is there already: name another folder, or remove it")
 
 
-def _words(converted: "Converted") -> str:
+def _summary(converted: "Converted") -> str:
     from waveflow.engine.cost import count_parameters
     from waveflow.models.waveglow import WaveGlowConfig
 

@@ -1,1 +1,1 @@
-"""Published WaveGlow checkpoints: read without running them, and turned into ours."""
+"""Reads published WaveGlow checkpoints without executing anything in them."""

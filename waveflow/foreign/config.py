@@ -1,4 +1,4 @@
-"""The config.json of the published code: the sizes and mel settings that a checkpoint may lack."""
+"""Reads the config.json of the published code: sizes of the model and settings of the mel."""
 
 import json
 from pathlib import Path
@@ -34,13 +34,13 @@ class ModelSizes(BaseModel):
     WN_config: NetworkSizes = NetworkSizes()
 
     def stated(self) -> dict[str, int]:
-        """The sizes that are given, all by their own names."""
+        """Gives the sizes that the file states, those of the networks among them."""
         own = self.model_dump(exclude={"WN_config"}, exclude_none=True)
         return own | self.WN_config.model_dump(exclude_none=True)
 
 
 class DataSettings(BaseModel):
-    """`data_config` of a published config.json, which the mel follows."""
+    """`data_config` of a published config.json: settings of the mel."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -53,7 +53,7 @@ class DataSettings(BaseModel):
 
 
 class PublishedConfig(BaseModel):
-    """What of a published config.json matters here; the rest is its training's."""
+    """The parts of a published config.json that matter here; the rest concerns its training."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -62,10 +62,10 @@ class PublishedConfig(BaseModel):
 
 
 def read_config(path: Path | None) -> PublishedConfig:
-    """A published config.json; without one the published defaults.
+    """Reads a published config.json, or gives the published defaults if the path is None.
 
     Raises:
-        CheckpointError: missing, or not such a file.
+        CheckpointError: missing, or not a config.
     """
     if path is None:
         return PublishedConfig()
@@ -80,7 +80,7 @@ def read_config(path: Path | None) -> PublishedConfig:
 
 
 def mel_config(model: WaveGlowConfig, data: DataSettings) -> MelConfig:
-    """The published mel (TacotronSTFT) with the bands of the model and the settings of its data."""
+    """Makes the published mel (TacotronSTFT) with the model's bands and its data's settings."""
     if data.hop_length not in (None, model.hop_length):
         raise CheckpointError(
             f"the config's hop_length is {data.hop_length}, the upsampler's {model.hop_length}"

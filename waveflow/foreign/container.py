@@ -1,42 +1,54 @@
-"""The two containers of torch.save: the zip archive, and what came before PyTorch 1.6."""
+"""Opens the two containers of torch.save: the zip archive, and the one before PyTorch 1.6."""
 
 import io
 import os
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 from waveflow.errors import CheckpointError
-from waveflow.foreign.unpickle import Storage, read_pickle
+from waveflow.foreign.unpickle import Record, Storage, read_pickle
 
+# Bytes of all pickles together. A full WaveGlow with its optimizer has less than two million.
+MAX_PICKLE = 2**25
 ZIP_START = b"PK\x03\x04"
+# Bytes of an element of each type of storage.
+ITEM_SIZE = {
+    f"{kind}Storage": size
+    for size, kinds in {
+        16: "ComplexDouble",
+        8: "Double ComplexFloat Long",
+        4: "Float Int",
+        2: "Half BFloat16 Short",
+        1: "Char Byte Bool Untyped",
+    }.items()
+    for kind in kinds.split()
+}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
-@dataclass(frozen=True)
-class TorchFile:
-    """What torch.save was given, as plain data.
+class TorchFile(NamedTuple):
+    """The data that torch.save was given, without the numbers of its tensors.
 
     Attributes:
         container: which of the two.
-        root: the data; its tensors are `TensorRef`s.
-        read: the bytes of a storage of this file.
+        root: the data, see `unpickle`.
+        locate: gives the place of a storage's numbers in the file, in bytes, and their CRC-32 if
+            the file has one.
     """
 
     container: Literal["zip", "legacy"]
     root: object
-    read: Callable[[Storage], bytes]
+    locate: Callable[[Storage], tuple[int, int | None]]
 
 
 def open_torch_file(file: BinaryIO) -> TorchFile:
-    """Reads everything but the numbers.
+    """Reads everything but the numbers of tensors.
 
     Raises:
-        CheckpointError: no such file, damaged, or refused (see `unpickle`).
+        CheckpointError: no such file, or refused. A damaged file raises any other exception.
     """
     start = file.read(len(ZIP_START))
     file.seek(0)
@@ -48,67 +60,56 @@ def open_torch_file(file: BinaryIO) -> TorchFile:
 
 
 def _open_zip(file: BinaryIO) -> TorchFile:
-    try:
-        archive = zipfile.ZipFile(file)
-        records = {info.filename: info for info in archive.infolist()}
-        if len(records) != len(archive.infolist()):
-            raise CheckpointError("its archive holds two records of one name")
-        roots = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")]
-        if len(roots) != 1 or f"{roots[0]}constants.pkl" in records:
-            raise CheckpointError("its archive is none of torch.save (TorchScript is not read)")
-        root = roots[0]
-        for info in records.values():
-            # torch.save compresses nothing, so that no record is larger than the file.
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                raise CheckpointError(f"its record {info.filename:.60} is compressed: refused")
-        if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
-            raise CheckpointError("it was written by a big-endian machine")
-        data = read_pickle(io.BytesIO(archive.read(f"{root}data.pkl")))
-    except (CheckpointError, MemoryError):
-        raise
-    except Exception as error:  # damaged archives raise from zipfile, struct and the parser
-        raise CheckpointError(f"its archive is damaged: {error}") from error
+    archive = zipfile.ZipFile(file)
+    records = {info.filename: info for info in archive.infolist()}
+    if len(records) != len(archive.infolist()):
+        raise CheckpointError("its archive holds two records of one name")
+    roots = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")]
+    if len(roots) != 1 or f"{roots[0]}constants.pkl" in records:
+        raise CheckpointError("torch.save did not write its archive (TorchScript is not read)")
+    root = roots[0]
+    for info in records.values():
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise CheckpointError(f"its record {info.filename!r:.60} is compressed: refused")
+    if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
+        raise CheckpointError("a big-endian machine wrote it")
+    if records[f"{root}data.pkl"].file_size > MAX_PICKLE:
+        raise CheckpointError(f"its pickle has over {MAX_PICKLE:,} bytes: refused")
 
-    @lru_cache(maxsize=1)  # tensors of one storage follow each other
-    def read(storage: Storage) -> bytes:
+    def locate(storage: Storage) -> tuple[int, int]:
         info = records.get(f"{root}data/{storage.key}")
-        if info is None or info.file_size != storage.n_bytes:
+        if info is None or info.file_size != storage.n_items * ITEM_SIZE[storage.kind]:
             raise CheckpointError(f"its storage {storage.key!r:.60} is missing or of another size")
-        try:
-            return archive.read(info)
-        except Exception as error:  # as above
-            raise CheckpointError(f"its archive is damaged: {error}") from error
+        file.seek(info.header_offset)
+        # The record's own header repeats its name, with another extra field.
+        n_name, n_extra = struct.unpack("<26xHH", file.read(30))
+        return info.header_offset + 30 + n_name + n_extra, info.CRC
 
-    return TorchFile("zip", data, read)
+    return TorchFile("zip", read_pickle(io.BytesIO(archive.read(f"{root}data.pkl"))), locate)
 
 
 def _open_legacy(file: BinaryIO) -> TorchFile:
-    """Five pickles (magic number, protocol, machine, data, storage keys), then the storages."""
-    if read_pickle(file) != _LEGACY_MAGIC or read_pickle(file) != _LEGACY_PROTOCOL:
-        raise CheckpointError("it is a pickle, but none of torch.save")
-    machine = read_pickle(file)
-    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        raise CheckpointError("it does not say that it was written by a little-endian machine")
+    """Five pickles (magic number, protocol, machine, data, names of storages), then storages."""
+    head = io.BytesIO(file.read(MAX_PICKLE))
+    if read_pickle(head) != _LEGACY_MAGIC or read_pickle(head) != _LEGACY_PROTOCOL:
+        raise CheckpointError("it is a pickle, but torch.save did not write it")
+    machine = read_pickle(head)
+    if not isinstance(machine, Record) or machine.items.get("little_endian") is not True:
+        raise CheckpointError("it does not say that a little-endian machine wrote it")
     storages: dict[str, Storage] = {}
-    data = read_pickle(file, storages)
-    keys = read_pickle(file)
+    data = read_pickle(head, storages)
+    keys = read_pickle(head)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise CheckpointError("its list of storages is damaged")
     if sorted(keys) != sorted(storages):
         raise CheckpointError("its list of storages is not that of its tensors")
-    place, end = file.tell(), file.seek(0, os.SEEK_END)
+    place, end = head.tell(), file.seek(0, os.SEEK_END)
     places = {}
     for key in keys:
         file.seek(place)
-        places[key] = place + 8
-        place += 8 + storages[key].n_bytes
         count = file.read(8)
+        places[key] = place + 8
+        place += 8 + storages[key].n_items * ITEM_SIZE[storages[key].kind]
         if place > end or struct.unpack("<q", count) != (storages[key].n_items,):
             raise CheckpointError(f"its storage {key!r:.60} is cut off or of another size")
-
-    @lru_cache(maxsize=1)
-    def read(storage: Storage) -> bytes:
-        file.seek(places[storage.key])
-        return file.read(storage.n_bytes)
-
-    return TorchFile("legacy", data, read)
+    return TorchFile("legacy", data, lambda storage: (places[storage.key], None))

@@ -1,8 +1,9 @@
-"""From the tensors of a published checkpoint to a WaveGlow: layouts, lineages, sizes.
+"""Turns the tensors of a published checkpoint into a WaveGlow.
 
-Three lines of the published code share their mathematics but for one point: `glow_old` lets the
-halves of a coupling exchange their roles from flow to flow. What differs besides is the layout,
-how the layers of a coupling's network were cut and named, and that tells itself.
+Published WaveGlows come from three lineages of code: `glow` (NVIDIA/waveglow), `glow_old` (its
+older network) and `dle` (NVIDIA's DeepLearningExamples). They compute the same, except that in
+`glow_old` the halves of a coupling swap their roles from flow to flow. Their networks also differ
+in how layers are split and named; the names of the tensors tell which layout it is.
 """
 
 from collections.abc import Mapping
@@ -26,21 +27,22 @@ from waveflow.checkpoint import (
 from waveflow.errors import CheckpointError
 from waveflow.flow import Flow
 from waveflow.foreign.config import mel_config, read_config
+from waveflow.foreign.model import model_names
 from waveflow.foreign.nvidia import from_nvidia
 from waveflow.foreign.sandbox import Header, read_torch_file
 from waveflow.models.waveglow import WaveGlowConfig
 
 Lineage = Literal["auto", "glow", "glow_old", "dle"]
-# Both are constants of the published code, in no config.
+# Both are constants in the published code, and missing in its configs.
 _TAPS, _HOP = 1024, 256
-# The published recommendation for synthesis (0.666 and 0.6 in its two places).
+# What the published code recommends for synthesis (0.666 in one place, 0.6 in another).
 _SIGMA = 0.6
 _MAX_SAFETENSORS_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A published checkpoint as ours, and what was read."""
+    """A published checkpoint as ours, and the facts that were read from it."""
 
     config: ModelConfig
     flow: Flow
@@ -49,15 +51,16 @@ class Converted:
 
 
 def convert(path: Path, config_path: Path | None = None, lineage: Lineage = "auto") -> Converted:
-    """Reads a published WaveGlow checkpoint, whichever it is.
+    """Reads a published WaveGlow checkpoint of any lineage.
 
     Args:
         path: a file of torch.save, or a state dict as safetensors.
-        config_path: a published config.json; sizes that the checkpoint states itself go first.
-        lineage: of the code that the weights belong to; "auto" tells by the checkpoint.
+        config_path: a published config.json, with the settings of the mel. Its sizes must be those
+            of the weights. Without it the published defaults hold.
+        lineage: the code that the weights belong to; "auto" infers it from the checkpoint.
 
     Raises:
-        CheckpointError: missing, damaged, refused, no WaveGlow, or not to be told apart.
+        CheckpointError: missing, damaged, refused, no WaveGlow, or of an unclear lineage.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
@@ -65,10 +68,10 @@ def convert(path: Path, config_path: Path | None = None, lineage: Lineage = "aut
     header, weights = _read_weights(path)
     try:
         layers = _layers(weights)
-        lineage = _told(lineage, header, layers)
+        lineage = _inferred(lineage, header, layers)
         state_dict = _fused(layers)
-        stated = published.waveglow_config.stated() | header.sizes
-        model = _model_config(state_dict, stated, lineage, published.data_config.hop_length)
+        hop = header.hop_length or published.data_config.hop_length
+        model = _model_config(state_dict, published.waveglow_config.stated(), lineage, hop)
         mel = mel_config(model, published.data_config)
         flow = from_nvidia(state_dict, model)
         _check_invertible(flow)
@@ -91,17 +94,21 @@ def _read_weights(path: Path) -> tuple[Header, dict[str, Tensor]]:
             start = file.read(9)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < _MAX_SAFETENSORS_HEADER:
-        return Header(container="safetensors"), parse_tensors(path.read_bytes(), path)
-    return read_torch_file(path)
+    if start[8:] != b"{" or int.from_bytes(start[:8], "little") >= _MAX_SAFETENSORS_HEADER:
+        return read_torch_file(path)
+    weights = parse_tensors(path.read_bytes(), path)
+    try:
+        _, names = model_names(weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return Header(container="safetensors"), {own: weights[name] for own, name in names.items()}
 
 
 def _layers(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors in float32 by layer and by kind: weight, weight_g, weight_v, bias."""
+    """Sorts tensors by layer and kind (weight, weight_g, weight_v, bias), as float32."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
-        # DeepLearningExamples' reader does the same; DataParallel adds `module.` alone.
-        own = name.removeprefix("module.1.").removeprefix("module.")
+        own = name
         for newer, older in (("original0", "weight_g"), ("original1", "weight_v")):
             own = own.replace(f"parametrizations.weight.{newer}", older)
         layer, _, kind = own.rpartition(".")
@@ -111,31 +118,33 @@ def _layers(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"its tensor {name!r:.60} holds values that are not finite")
         if kind in layers.setdefault(layer, {}):
-            raise CheckpointError(f"it holds {layer}.{kind} twice, under two names")
+            raise CheckpointError(f"it holds the tensor {own!r:.60} twice, under two names")
         layers[layer][kind] = tensor
     return layers
 
 
-def _told(asked: Lineage, header: Header, layers: Mapping[str, Any]) -> Lineage:
-    if header.module is not None:
-        is_old = header.module.rpartition(".")[2] == "glow_old"
-        if asked != "auto" and is_old != (asked == "glow_old"):
-            raise CheckpointError(f"its class is of {header.module}: leave --lineage {asked}")
-        return "glow_old" if is_old else "glow"
+def _inferred(asked: Lineage, header: Header, layers: Mapping[str, Any]) -> Lineage:
+    """Decides the lineage by the file itself, the flag, or the layout, in this order."""
+    if header.lineage is not None:
+        if asked != "auto" and (header.lineage == "glow_old") != (asked == "glow_old"):
+            raise CheckpointError(f"it is of {header.lineage}: leave out --lineage {asked}")
+        return header.lineage
     if asked != "auto":
         return asked
-    if header.has_config:
-        return "dle"
     if "WN.0.cond_layers.0" in layers and "WN.0.res_skip_layers.0" in layers:
         raise CheckpointError(
-            "these weights, without their classes, may be of glow_old or not, which decides what "
-            "they compute: say --lineage glow_old, dle or glow"
+            "without their classes, these weights may be of glow_old or of other code, which "
+            "computes something else: say --lineage glow_old, dle or glow"
         )
     return "glow"
 
 
 def _fused(layers: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Names and layout of the newest published code, every layer of a network in weight norm."""
+    """Brings all layers to the names and the layout of the newest published code.
+
+    There a network has one layer for the condition, and one for residual and skip. Every layer of a
+    network has weight norm.
+    """
     fused = dict(layers)
     for k in range(_count(layers, "convinv.{}.conv")):
         for name in _numbered(layers, f"WN.{k}.res_layers"):
@@ -143,7 +152,7 @@ def _fused(layers: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
             rows = [fused.pop(name), fused.pop(skip, {})]
             fused[name.replace("res_layers", "res_skip_layers")] = _stacked(rows, skip)
         for name in _numbered(layers, f"WN.{k}.skip_layers"):
-            if name in fused:  # the last has no residual
+            if name in fused:  # the last one, which has no residual
                 fused[name.replace("skip_layers", "res_skip_layers")] = fused.pop(name)
         parts = _numbered(layers, f"WN.{k}.cond_layers")
         if parts:
@@ -161,9 +170,9 @@ def _has_norm(layer: str) -> bool:
 
 
 def _normed(layer: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """A layer w = g v / |v| for each row (Salimans and Kingma 2016), whether folded or not.
+    """Gives a layer weight norm, w = g v / |v| for each row (Salimans and Kingma 2016).
 
-    A `weight` beside g and v is left from before training and means nothing.
+    A `weight` beside g and v is a leftover without meaning.
     """
     if "weight_g" in layer or "weight_v" in layer:
         return {kind: tensor for kind, tensor in layer.items() if kind != "weight"}
@@ -171,14 +180,14 @@ def _normed(layer: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         raise CheckpointError(f"its layer {name!r:.60} has no weight (out, in, taps)")
     weight = layer["weight"]
     norm = weight.double().flatten(1).norm(dim=1)[:, None, None]
-    # A row of zeros has no direction; with g = 0 any will do.
+    # A row of zeros has no direction, so any will do: its g is 0.
     direction = torch.where(norm > 0, weight, torch.ones_like(weight))
     rest = {kind: tensor for kind, tensor in layer.items() if kind != "weight"}
     return {"weight_g": norm.float(), "weight_v": direction, **rest}
 
 
 def _stacked(rows: list[dict[str, Tensor]], name: str) -> dict[str, Tensor]:
-    """Layers of the same input as one: weight norm is for each row, so that rows stay."""
+    """Joins layers that have the same input. Weight norm is by row, so it stays exact."""
     layers = [_normed(layer, name) for layer in rows]
     if any(layer.keys() != layers[0].keys() for layer in layers):
         raise CheckpointError(f"its layers beside {name!r:.60} are incomplete")
@@ -202,7 +211,7 @@ def _count(layers: Mapping[str, Any], pattern: str) -> int:
 def _model_config(
     weights: Mapping[str, Tensor], stated: dict[str, int], lineage: Lineage, hop: int | None
 ) -> WaveGlowConfig:
-    """Sizes as the shapes have them, checked against those that are stated."""
+    """Takes the sizes from the shapes and checks them against the stated ones."""
     taps = _shape(weights, "upsample.weight", 3)
     group, *matrices = [
         _shape(weights, f"convinv.{k}.conv.weight", 3)[0]
@@ -225,10 +234,10 @@ def _model_config(
     every, flows = sizes["n_early_every"], range(1, sizes["n_flows"])
     if lineage == "glow_old" and any((k % every == 0) != (k % 4 == 0) for k in flows):
         raise CheckpointError(
-            f"n_early_every is {every}, but glow_old synthesises with 4 whatever its config: say "
-            "--lineage glow or dle if the weights are none of glow_old"
+            f"n_early_every is {every}, but glow_old always synthesises with 4: say --lineage glow "
+            "or dle if the weights are not of glow_old"
         )
-    hop = stated.get("hop_length", hop) or (_HOP if taps[2] == _TAPS else None)
+    hop = hop or (_HOP if taps[2] == _TAPS else None)
     if hop is None:
         raise CheckpointError(
             f"its upsampler has {taps[2]} taps, not {_TAPS}: give --config with the hop_length"
@@ -252,7 +261,7 @@ def _model_config(
 
 
 def _check_norms(flow: Flow) -> None:
-    """A row of zeros has no direction: its weight would be 0 / 0."""
+    """Refuses rows of zeros: they have no direction, and their weight would be 0 / 0."""
     for name, module in flow.named_modules():
         if is_parametrized(module) and not torch.isfinite(cast(Tensor, module.weight)).all():
             raise CheckpointError(
@@ -277,10 +286,10 @@ def _shape(weights: Mapping[str, Tensor], name: str, n_axes: int) -> tuple[int, 
 
 
 def _early_sizes(matrices: list[int], stated_every: int) -> dict[str, int]:
-    """How often and how many channels leave, from the sizes of the 1x1 matrices.
+    """Tells from the sizes of the 1x1 matrices when and how many channels leave early.
 
-    Channels leave before flow k when k > 0 is a multiple of n_early_every. Where none leave, it is
-    any number from that of the flows on, and n_early_size means nothing.
+    Channels leave before flow k if k > 0 is a multiple of n_early_every. If none leave,
+    n_early_every is at least the number of flows, and n_early_size has no meaning.
     """
     drops = {k: matrices[k - 1] - matrices[k] for k in range(1, len(matrices))}
     first = next((k for k, drop in drops.items() if drop), None)

@@ -1,4 +1,4 @@
-"""Weights in the layout of the published WaveGlow code."""
+"""Loads weights that have the names and the layout of the published WaveGlow code."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from waveflow.nn.wavenet import WaveNet
 
 
 def from_nvidia(state_dict: Mapping[str, Tensor], config: WaveGlowConfig) -> Flow:
-    """A WaveGlow with published weights; see `load_nvidia_state_dict`."""
+    """Builds a WaveGlow with published weights; see `load_nvidia_state_dict`."""
     flow = waveglow(config)
     load_nvidia_state_dict(flow, state_dict)
     return flow
@@ -22,8 +22,8 @@ def load_nvidia_state_dict(flow: Flow, state_dict: Mapping[str, Tensor]) -> None
     """Loads weights named as in the published code, weight norm as `weight_g`, `weight_v`.
 
     Args:
-        flow: a flow that `waveglow` built.
-        state_dict: tensors by name, such as a safetensors file holds.
+        flow: a WaveGlow, built by `waveglow`.
+        state_dict: tensors by their published names.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or belongs to no layer.
@@ -54,12 +54,12 @@ def load_nvidia_state_dict(flow: Flow, state_dict: Mapping[str, Tensor]) -> None
 
 
 def nvidia_names(flow: Flow) -> dict[str, str]:
-    """The flow's own name of each parameter, by its name in the published code."""
+    """Gives the flow's name of each parameter by the published name."""
     names = {
         f"upsample.{kind}": f"conditioner.upsample.convolution.{kind}"
         for kind in ("weight", "bias")
     }
-    # Both lists are in the order of the flows, because modules are listed depth first.
+    # Modules are listed depth first, so both lists are in the order of the flows.
     matrices = [n for n, m in flow.named_modules() if isinstance(m, InvertibleConv1x1)]
     networks = [(n, m) for n, m in flow.named_modules() if isinstance(m, WaveNet)]
     for k, name in enumerate(matrices):
