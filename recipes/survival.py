@@ -28,7 +28,8 @@ from waveflow.cli.main import main as waveflow
 from waveflow.data.cache import TrainingCache
 from waveflow.errors import CheckpointError
 from waveflow.training.config import read_recipe
-from waveflow.training.trainer import TRAINING, Trainer
+from waveflow.training.loop import Trainer
+from waveflow.training.run_folder import TRAINING
 
 RATE = 22050
 # The longest time that a child has; a run takes about twice as long.

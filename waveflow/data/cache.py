@@ -35,6 +35,7 @@ MEL_FILE = "mel.npy"
 MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
 
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from waveflow.audio.mel import MelSpectrogram
 from waveflow.data.cache import file_sha256
 from waveflow.errors import ConfigError
-from waveflow.training.run_folder import RECIPE, RUN_RECORD
+from waveflow.training.run_folder import RUN_RECORD
 from waveflow.training.validation import Validation
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,14 @@ from waveflow.errors import DataError
 from waveflow.models.registry import build_flow
 from waveflow.objective import Batch, Phase
 from waveflow.training.config import Recipe
-from waveflow.training.distributed import all_sum, in_any, is_main, on_main, own_share, sum_gradients
+from waveflow.training.distributed import (
+    all_sum,
+    in_any,
+    is_main,
+    on_main,
+    own_share,
+    sum_gradients,
+)
 from waveflow.training.log import MetricsLog
 from waveflow.training.machine import choose_recompute, compile_networks
 from waveflow.training.objectives import phases
