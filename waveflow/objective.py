@@ -32,7 +32,7 @@ class Share(NamedTuple):
         return [Share(start, stop, self.total) for start, stop in itertools.pairwise(edges)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """The items of a training step, or the part of them that is in memory at once.
 
@@ -65,7 +65,7 @@ class Batch:
         for share in self.share.split(n_parts):
             items = slice(share.start - self.share.start, share.stop - self.share.start)
             audio, mel, f0 = self.audio[items], self.mel[items], self.f0[items]
-            parts.append(replace(self, audio=audio, mel=mel, f0=f0, share=share, _own=self))
+            parts.append(replace(self, audio=audio, mel=mel, f0=f0, share=share, _own=self._own or self))
         return parts
 
     def step_mean(self, name: str, statistic: Callable[["Batch"], Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ A run folder holds `recipe.json` and `run.json`, written once; `metrics.csv`; ch
 which names the last checkpoint, the one before it and the best. All others are removed.
 """
 
+import functools
 import json
 import logging
 import platform
@@ -324,9 +325,16 @@ def run_record(
             "manifest": cache.manifest.model_dump(mode="json"),
         },
         "platform": _platform(device),
-        "packages": dict(sorted((d.name, d.version) for d in distributions() if d.name)),
+        "packages": _packages(),
     }
     return json.dumps(record, indent=1) + "\n"
+
+
+@functools.cache
+def _packages() -> dict[str, str]:
+    """The version of every installed package."""
+    metadata = [distribution.metadata for distribution in distributions()]
+    return dict(sorted((m["Name"], m["Version"]) for m in metadata if m["Name"]))
 
 
 def _initial_weights(folder: Path) -> dict[str, str]:
