@@ -61,6 +61,7 @@ def small(recipe: Recipe) -> Recipe:
             "accumulate": 1,
             "pitch_steps": min(1, recipe.train.pitch_steps),
             "precision": "float32",
+            "recompute": False,
         }
     )
     return recipe.model_copy(update={"train": train})
@@ -90,7 +91,10 @@ RECIPE = 'mel = "hifigan"\n[model]\ntype = "frameglow"\n'
         (RECIPE + '[train]\nprecision = "int8"', r"train\.precision"),
         (RECIPE + "[train]\ngain_range = [1]", r"train\.gain_range"),
         ('mel = "griffin"\n[model]\ntype = "frameglow"', "there are nvidia, hifigan"),
-        ('mel = "hifigan"\n[model]\ntype = "os.system"', "model.type 'os.system' is .*there are .*frameglow"),
+        (
+            'mel = "hifigan"\n[model]\ntype = "os.system"',
+            "model.type 'os.system' is .*there are .*frameglow",
+        ),
         ('mel = "hifigan"', "model: Field required"),
         ('[model]\ntype = "frameglow"', "mel: Field required"),
         ('[mel]\nsample_rate = 8000\n[model]\ntype = "frameglow"', "f_max 8000 Hz is above half"),

@@ -209,6 +209,44 @@ def test_validation_likelihood_rises(cache: TrainingCache, tmp_path: Path) -> No
     assert again.example.shape == (clip.frames * HOP,)
 
 
+def test_gradients_are_clipped_and_reported_as_they_were(
+    cache: TrainingCache, tmp_path: Path
+) -> None:
+    trainer = Trainer(recipe(clip_norm=1e-3), cache, tmp_path / "run")
+    reported = trainer._train_step()["gradient_norm"]
+    gradients = [p.grad.flatten() for p in trainer.flow.parameters() if p.grad is not None]
+    assert torch.cat(gradients).norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert reported > 0.1
+
+
+def test_each_step_starts_from_no_gradient(cache: TrainingCache, tmp_path: Path) -> None:
+    trainer = Trainer(recipe(clip_norm=1e9, **PLAIN), cache, tmp_path / "run")
+    first = trainer._gradients(trainer.phases[-1])
+    gradient = trainer.flow.bijection.steps[1].network.level_bias.grad.clone()
+    assert trainer._gradients(trainer.phases[-1]) == first
+    assert torch.equal(trainer.flow.bijection.steps[1].network.level_bias.grad, gradient)
+
+
+def test_random_numbers_differ_by_seed_and_step(cache: TrainingCache, tmp_path: Path) -> None:
+    drawn = set()
+    for seed in (0, 1):
+        trainer = Trainer(recipe(seed=seed), cache, tmp_path / f"{seed}")
+        drawn.add(trainer.flow.conditioner.enter.bias[0].item())  # initial weights
+        for trainer.step in (0, 1, 2):
+            trainer._seed_noise()
+            drawn |= {torch.rand(()).item(), trainer._batch().audio[0, 0].item()}
+    assert len(drawn) == 2 * (1 + 3 + 3)
+
+
+def test_the_recipe_reaches_the_optimizer(cache: TrainingCache, tmp_path: Path) -> None:
+    trainer = Trainer(recipe(weight_decay=0.25, rates={"bijection": 0.5}), cache, tmp_path / "run")
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.25}
+    assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.99)}
+    trainer._train_step()
+    rates = {group["factor"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {0.5: pytest.approx(0.25e-3), 1.0: pytest.approx(0.5e-3)}
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped(
     cache: TrainingCache,

@@ -345,8 +345,8 @@ def test_weights_and_biases_is_off_and_optional(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.delenv(WANDB_SWITCH, raising=False)
-    with MetricsLog(tmp_path, 0):
+    with MetricsLog(tmp_path, 0, MEL):
         pass
     monkeypatch.setenv(WANDB_SWITCH, "vocoders")
-    with pytest.raises(ConfigError, match=r"waveflow\[wandb\]"), MetricsLog(tmp_path, 0):
+    with pytest.raises(ConfigError, match=r"waveflow\[wandb\]"), MetricsLog(tmp_path, 0, MEL):
         pass

@@ -41,10 +41,8 @@ from waveflow.training.objectives import phases
 from waveflow.training.optimizer import learning_rate, make_optimizer, update_average
 from waveflow.training.run_folder import (
     RunFolder,
-    RunState,
     Saved,
     checkpoint_name,
-    data_hashes,
     load_training_tensors,
     training_tensors,
     writing,
@@ -159,8 +157,8 @@ class Trainer:
         """
         config, first = self.recipe.train, self.step
         begin, minutes_before = time.monotonic(), self.minutes
-        log_of_main = MetricsLog(self.folder.path, first) if is_main() else nullcontext()
-        with writing(self.folder.path), log_of_main as log:
+        path, mel = self.folder.path, self.recipe.mel
+        with writing(path), MetricsLog(path, first, mel) if is_main() else nullcontext() as log:
             if self._is_tuning:
                 self._validate(log)
                 self.before = self.best
@@ -221,7 +219,7 @@ class Trainer:
     @property
     def first_steps(self) -> int:
         """Number of steps in the phases before the last one."""
-        return self._phase(step=2**62)[1]
+        return sum(int(phase.steps) for phase in self.phases[:-1])
 
     def _gradients(self, phase: Phase) -> dict[str, float]:
         """Leaves the gradients of a phase's loss of the whole batch; returns the loss's terms."""
@@ -264,7 +262,7 @@ class Trainer:
         averaged.load_state_dict(self.average)
         result = validate(averaged.eval(), self.cache, self.spectrogram, self.device)
         if log is not None:
-            log.add_validation(self.step, self.minutes, result, self.spectrogram)
+            log.add_validation(self.step, self.minutes, result)
         logger.info(
             "step %d, %.1f minutes: validation log-likelihood %.4f%s, own draws %.4f",
             self.step,
@@ -300,16 +298,13 @@ class Trainer:
         on_main(lambda: self.folder.save(self._saved()))
 
     def _saved(self) -> Saved:
-        audio_sha256, mel_sha256 = data_hashes(self.cache)
-        state = RunState(
+        state = self.folder.state(
             step=self.step,
             minutes=self.minutes,
             skipped=self.skipped,
             pitch_steps=self.first_steps,
             best=self.best,
             best_name=self.best_name,
-            audio_sha256=audio_sha256,
-            mel_sha256=mel_sha256,
         )
         training = training_tensors(self.flow, self.optimizer)
         return Saved(state, self.provenance, self.average, training)

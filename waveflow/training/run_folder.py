@@ -134,6 +134,11 @@ class RunFolder:
         """Whether the folder holds a run that can be resumed."""
         return bool(run_checkpoints(self.path))
 
+    def state(self, **fields: Any) -> RunState:
+        """A state with these fields and the hashes of the run's data."""
+        audio_sha256, mel_sha256 = self._data_hashes()
+        return RunState(**fields, audio_sha256=audio_sha256, mel_sha256=mel_sha256)
+
     def save(self, saved: Saved) -> None:
         """Writes a checkpoint, then points to it, then removes older ones.
 
@@ -202,7 +207,7 @@ class RunFolder:
             state = RunState.model_validate_json(files[STATE])
         except ValidationError as error:
             raise CheckpointError(f"{folder / STATE}: {first_problem(error)}") from error
-        if (state.audio_sha256, state.mel_sha256) != data_hashes(self.cache):
+        if (state.audio_sha256, state.mel_sha256) != self._data_hashes():
             raise ConfigError(f"{self.cache.folder} is not the data of the run in {self.path}")
         config = parse_config(files[CONFIG], folder / CONFIG)
         if (config.model, config.mel) != (self.recipe.model, self.recipe.mel):
@@ -210,6 +215,11 @@ class RunFolder:
         averaged = parse_tensors(files[WEIGHTS], folder / WEIGHTS)
         training = parse_tensors(files[TRAINING], folder / TRAINING)
         return Saved(state, config.provenance, averaged, training)
+
+    def _data_hashes(self) -> tuple[str, str | None]:
+        """The hashes of the audio and of the given mels, None without mels."""
+        hashes = self.cache.manifest.sha256
+        return hashes[AUDIO_FILE], hashes.get(MEL_FILE)
 
     def _check_recipe(self) -> None:
         stored = self.path / RECIPE
@@ -257,12 +267,6 @@ class RunFolder:
 def checkpoint_name(step: int) -> str:
     """The name of a step's checkpoint; names sort by step."""
     return f"step-{step:08d}"
-
-
-def data_hashes(cache: TrainingCache) -> tuple[str, str | None]:
-    """The hashes of the audio and of the given mels, None without mels."""
-    hashes = cache.manifest.sha256
-    return hashes[AUDIO_FILE], hashes.get(MEL_FILE)
 
 
 def training_tensors(flow: Flow, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
