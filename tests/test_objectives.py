@@ -20,6 +20,7 @@ from tiny_training import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from waveflow.audio.mel import MelSpectrogram
 from waveflow.bijections import (
     ActNorm,
     Affine,
@@ -191,6 +192,16 @@ def test_draws_are_at_sigma_1_under_the_condition_of_the_speech() -> None:
     draws = flow.bijection.inverse(z, Condition(cond.features.repeat(2, 1, 1)))[0][:, 0]
     expected = SpectralDistance(MEL).energy_distance(batch.audio, draws)
     torch.testing.assert_close(energy, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_exact_zeros(name: str) -> None:
+    """Without the noise that training adds to every sample, and without a voiced frame."""
+    flow, audio = perturbed(MODELS[name]), torch.zeros(2, 32 * HOP)
+    batch = batch_of(audio, MelSpectrogram(MEL)(audio))
+    settings = recipe(pitch_steps=0 if name == "waveglow" else 1)
+    for phase in phases(flow, settings.model_copy(update={"model": MODELS[name]}), CPU):
+        assert gradient_of(flow, phase.loss(batch).value).isfinite().all()
 
 
 # --- calibration ---

@@ -14,6 +14,7 @@ import torch
 from tiny_training import (
     HOP,
     MEL,
+    MODELS,
     PLAIN,
     WAVEGLOW,
     assert_same,
@@ -242,9 +243,10 @@ def test_the_recipe_reaches_the_optimizer(cache: TrainingCache, tmp_path: Path) 
     trainer = Trainer(recipe(weight_decay=0.25, rates={"bijection": 0.5}), cache, tmp_path / "run")
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.25}
     assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.99)}
-    trainer._train_step()
-    rates = {group["factor"]: group["lr"] for group in trainer.optimizer.param_groups}
-    assert rates == {0.5: pytest.approx(0.25e-3), 1.0: pytest.approx(0.5e-3)}
+    for trainer.step in (0, 2):  # the first of the pitch head's and the first of the flow's own
+        trainer._train_step()
+        rates = {group["factor"]: group["lr"] for group in trainer.optimizer.param_groups}
+        assert rates == {0.5: pytest.approx(0.25e-3), 1.0: pytest.approx(0.5e-3)}
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -293,6 +295,21 @@ def test_a_step_that_is_not_finite_is_skipped(
     trainer._save()
     resumed = Trainer(recipe(pitch_steps=0), cache, tmp_path / "run", resume=True)
     assert resumed.skipped == 1
+
+
+@pytest.mark.parametrize("amplitude", [0, 1], ids=["zeros", "last bit"])
+@pytest.mark.parametrize("name", MODELS)
+def test_training_on_silence(tmp_path: Path, name: str, amplitude: int) -> None:
+    settings = recipe(pitch_steps=2 if name == "frameglow" else 0, warmup_steps=1, validate_every=6)
+    silent = write_cache(tmp_path / "cache", ["train", "val"], amplitude)
+    model = settings.model_copy(update={"model": MODELS[name]})
+    trainer = Trainer(model, silent, tmp_path / "run")
+    seen: list[float] = []
+    trainer.run(report=lambda progress: seen.extend(progress.values.values()))
+    assert trainer.step == 6 and trainer.skipped == 0
+    assert all(math.isfinite(value) for value in seen)
+    assert trainer.best is not None and math.isfinite(trainer.best)
+    assert all(t.isfinite().all() for t in trainer.flow.state_dict().values())
 
 
 def test_the_clock_stops_a_run_and_saves_it(cache: TrainingCache, tmp_path: Path) -> None:

@@ -68,10 +68,11 @@ def recipe(**train: object) -> Recipe:
     return Recipe(model=MODEL, mel=MEL, train=TrainConfig(**(settings | train)))
 
 
-def write_cache(folder: Path, splits: list[str]) -> TrainingCache:
+def write_cache(folder: Path, splits: list[str], amplitude: int | None = None) -> TrainingCache:
     """A cache as `prepare` writes it, of voices whose F0 is known and not tracked.
 
-    Clips begin unvoiced, each for another time.
+    Clips begin unvoiced, each for another time. With an `amplitude` they are noise of so many
+    16-bit steps instead of voices, 0 is digital silence.
     """
     folder.mkdir(parents=True)
     voices = [make_voice(0.6, i, RATE) for i in range(len(splits))]
@@ -80,6 +81,10 @@ def write_cache(folder: Path, splits: list[str]) -> TrainingCache:
     f0 = [(120 + 30 * i + 20 * np.sin(4 * np.pi * time_))[:n] for i, n in enumerate(frames)]
     for i, values in enumerate(f0):
         values[: 10 + 25 * (i % 3)] = 0
+    if amplitude is not None:
+        rng = np.random.default_rng(0)
+        voices = [rng.integers(-amplitude, amplitude + 1, len(v)) / 32768 for v in voices]
+        f0 = [np.zeros(n) for n in frames]
     samples = [np.round(voice * 32768).clip(-32768, 32767).astype(np.int16) for voice in voices]
     np.save(folder / AUDIO_FILE, np.concatenate(samples))
     np.save(folder / F0_FILE, np.concatenate(f0).astype(np.float32))
