@@ -3,9 +3,9 @@
     python recipes/survival.py --kills 200
 
 A tiny model learns a made-up voice and saves at every step. SIGKILL ends it while it loads,
-trains, validates or saves. After each kill every checkpoint in the run's folder has to be whole,
-none that was there may be missing, and the run has to resume. A run that gets to its end has to
-have, bit for bit, the weights of a run that was never killed; then the next run begins.
+trains, validates or saves. After each kill all checkpoints in the run's folder must be whole, none
+may be lost, and the run must resume. A run that reaches its end must have, bit for bit, the weights
+of a run that was never killed. Then the next run begins.
 
 The children are forked from a process that has loaded all modules, so this needs a POSIX system.
 """
@@ -28,11 +28,12 @@ from waveflow.cli.main import main as waveflow
 from waveflow.data.cache import TrainingCache
 from waveflow.errors import CheckpointError
 from waveflow.training.config import read_recipe
-from waveflow.training.trainer import TRAINING, Trainer
+from waveflow.training.loop import Trainer
+from waveflow.training.run_folder import TRAINING
 
 RATE = 22050
-# The longest time that a child has; a run takes about twice as long.
-LONGEST_SECONDS = 1.5
+# The longest time that a child has, as a part of the time of a whole run.
+LONGEST = 0.5
 
 RECIPE = """
 mel = "hifigan"
@@ -66,14 +67,16 @@ def main() -> None:
 
 
 def survives(scratch: Path, n_kills: int, seed: int) -> bool:
-    """Whether all of it held for so many kills."""
+    """Returns whether all of this holds for a number of kills."""
     recipe, cache = scratch / "recipe.toml", scratch / "cache"
     recipe.write_text(RECIPE)
     make_corpus(scratch / "corpus")
     prepared = child("prepare", scratch / "corpus", "-o", cache, "--workers", 1)
     assert wait(prepared) == 0, "no cache"
     undisturbed = scratch / "undisturbed"
+    begin = time.monotonic()
     assert wait(child("train", recipe, "--data", cache, "--out", undisturbed)) == 0, "no run"
+    longest = LONGEST * (time.monotonic() - begin)
     expected = weights(undisturbed)
 
     rng = random.Random(seed)
@@ -84,7 +87,7 @@ def survives(scratch: Path, n_kills: int, seed: int) -> bool:
         train = ("train", recipe, "--data", cache, "--out", run, "--resume")
         while kills < n_kills:
             process = child(*train)
-            time.sleep(rng.uniform(0, LONGEST_SECONDS))
+            time.sleep(rng.uniform(0, longest))
             os.kill(process, signal.SIGKILL)
             status = wait(process)
             if status == 0:
@@ -113,8 +116,8 @@ def survives(scratch: Path, n_kills: int, seed: int) -> bool:
         print(line)
     if not problems:
         print(
-            f"all {n_read} checkpoints that were there after a kill were whole, every kill was "
-            "resumed from, and every run ended bit for bit like one that was never killed"
+            f"all {n_read} checkpoints found after a kill were whole, the run resumed after every "
+            "kill, and every run ended bit for bit like one that was never killed"
         )
     return not problems
 
@@ -130,7 +133,10 @@ def make_corpus(folder: Path) -> None:
 
 
 def forked(action: Callable[[], int]) -> int:
-    """The process number of a child that does something in silence; its status is the result."""
+    """Starts a child that does something in silence; returns its process number.
+
+    The result of the action is the child's exit status.
+    """
     process = os.fork()
     if process == 0:
         status = 1
@@ -150,7 +156,7 @@ def child(*arguments: object) -> int:
 
 
 def checking_child(recipe: Path, cache: Path, run: Path, newest: str) -> int:
-    """A child that resumes the run, and fails if that is not from the newest checkpoint."""
+    """A child that resumes the run; it fails if it does not start from the newest checkpoint."""
 
     def check() -> int:
         trainer = Trainer(read_recipe(recipe), TrainingCache(cache), run, resume=True)

@@ -8,6 +8,7 @@ import pytest
 import soundfile
 import torch
 from conftest import make_voice
+from tiny_training import HOP, MEL, MODEL, RATE, perturbed
 
 from waveflow.audio.io import read_audio
 from waveflow.audio.mel import MelConfig, MelSpectrogram
@@ -16,27 +17,12 @@ from waveflow.data import clips as clips_module
 from waveflow.data.cache import MEL_FILE, TrainingCache
 from waveflow.data.prepare import prepare, prepare_shard
 from waveflow.data.segments import SegmentSampler
-from waveflow.data.statistics import mel_range
 from waveflow.errors import DataError
-from waveflow.models.frameglow import FrameGlowConfig
-from waveflow.models.registry import build_flow
 from waveflow.training.config import Recipe, TrainConfig
-from waveflow.training.trainer import Trainer
+from waveflow.training.loop import Trainer
 from waveflow.training.validation import score_clips
 
-RATE, HOP = 8000, 64
-MEL = MelConfig(
-    sample_rate=RATE, n_fft=256, hop_length=HOP, win_length=256, n_mels=20, f_max=4000.0
-)
 CENTRED = MEL.model_copy(update={"padding": "center"})
-MODEL = FrameGlowConfig(
-    n_levels=1,
-    n_flows=2,
-    hidden_channels=8,
-    dilations=(1,),
-    encoder_channels=8,
-    encoder_layers=1,
-)
 N_CLIPS = 4
 FLOOR = math.log(MEL.log_floor)
 
@@ -111,9 +97,11 @@ def test_own_mels_given_as_files_train_as_no_mels_do(corpus, tmp_path, config):
     two = trainer(given, tmp_path / "b", config)
     for step in range(4):
         one.step = two.step = step
-        (audio, mel, f0), (same_audio, same_mel, same_f0) = one._batch(), two._batch()
-        assert torch.equal(audio, same_audio) and torch.equal(f0, same_f0)
-        assert mel.shape == same_mel.shape
+        computed, from_files = one._batch(), two._batch()
+        assert torch.equal(computed.audio, from_files.audio)
+        assert torch.equal(computed.f0, from_files.f0)
+        mel, same_mel = computed.mel, from_files.mel
+        assert mel.shape == same_mel.shape == (4, MEL.n_mels, 32)
         # The noise of dequantisation tells them apart, by 0.01 at most where the voice is quiet
         # (not at the ends of clips, where silence stands in for the padding of a mel).
         inside = (mel - same_mel)[:, :, 4:-4].abs()
@@ -213,12 +201,7 @@ def test_prepare_goes_on_shares_and_sees_changed_mels(corpus, tmp_path, reads):
 
 def test_validation_and_statistics_take_the_given_mels(corpus, tmp_path):
     own, given = own_and_given(corpus, MEL)
-    torch.manual_seed(0)
-    flow = build_flow(MODEL, MEL).eval()
-    # Zero-initialised networks would not see the mel.
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+    flow = perturbed()
     mel, device = MelSpectrogram(MEL), torch.device("cpu")
     computed = score_clips(flow, own, mel, device)[0]
 
@@ -237,7 +220,7 @@ def test_validation_and_statistics_take_the_given_mels(corpus, tmp_path):
     other = score_clips(flow, more, none, device)[0]
     change = (other[:, 1] / from_files[:, 1] - 1).abs()
     assert (change > 10 * (computed[:, 1] / from_files[:, 1] - 1).abs()).all()
-    for plus, zero in zip(mel_range(more, MEL), mel_range(given, MEL), strict=True):
+    for plus, zero in zip(more.mel_range(MEL), given.mel_range(MEL), strict=True):
         np.testing.assert_allclose(np.array(plus), np.array(zero) + 1, rtol=1e-6)
 
 
@@ -246,7 +229,7 @@ def test_a_run_trains_on_given_mels(corpus, tmp_path):
     prepare([corpus], tmp_path / "cache", MEL, workers=1, mels=write_mels(tmp_path / "mels", mels))
     cache = TrainingCache(tmp_path / "cache")
     run = trainer(cache, tmp_path / "run", MEL, gain_range=(1.0, 1.0))
-    assert (run._batch()[1] == -3).all()
+    assert (run._batch().mel == -3).all()
     run.run()
     assert run.step == 2 and run.best is not None and math.isfinite(run.best)
 

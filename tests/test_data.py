@@ -222,10 +222,11 @@ def test_cache_holds_the_files_bit_for_bit(corpus, cache):
         assert clip.frames == len(samples) // HOP
         assert clip.corpus == "voice"
     assert cache.hours("val") == 31 * HOP / RATE / 3600
-    [(clip, audio, f0)] = cache.val_clips()
-    assert audio.dtype == np.float32
+    [(clip, audio, mel)] = cache.val_clips()
+    assert audio.dtype == torch.float32
     np.testing.assert_array_equal(audio, cache.audio(clip) * np.float32(STEP))
-    assert f0.shape == (31,)
+    assert mel is None
+    assert cache.f0(clip).shape == (31,)
 
 
 @needs_pyworld

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_training import MEL, recipe, tensors_of, write_cache
+from tiny_training import MEL, recipe, tensors_of, write_cache
 from torch import Tensor
 
 from waveflow.bijections import ActNorm
@@ -24,11 +24,10 @@ from waveflow.checkpoint import WEIGHTS, parse_tensors, resolve_run
 from waveflow.data.cache import TrainingCache
 from waveflow.data.segments import SegmentSampler
 from waveflow.errors import CheckpointError, ConfigError, WaveflowError
-from waveflow.training import distributed
-from waveflow.training import trainer as trainer_module
-from waveflow.training.distributed import Share, on_main, own_share, process_group, rank
-from waveflow.training.losses import objectives
-from waveflow.training.trainer import Trainer
+from waveflow.objective import Batch, Loss, Share
+from waveflow.training import distributed, run_folder
+from waveflow.training.distributed import on_main, own_share, process_group, rank
+from waveflow.training.loop import Trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,13 +96,14 @@ def non_finite_in_rank_1(cache: TrainingCache, out: Path) -> list[object]:
     trainer = Trainer(recipe(pitch_steps=0), cache, out)
     before = {k: v.clone() for k, v in trainer.flow.state_dict().items()}
 
-    def spoilt(*args: object, **kwargs: object) -> object:
-        terms = objectives(*args, **kwargs)
-        return terms._replace(nll=terms.nll * torch.nan) if rank() == 1 else terms
+    (phase,) = trainer.phases
 
-    trainer_module.objectives = spoilt
+    def spoilt(batch: Batch) -> Loss:
+        value, terms = phase.loss(batch)
+        return Loss(value * torch.nan if rank() == 1 else value, terms)
+
+    trainer.phases = [phase._replace(loss=spoilt)]
     trainer._train_step()
-    trainer_module.objectives = objectives
     same = all(torch.equal(v, before[k]) for k, v in trainer.flow.state_dict().items())
     return [trainer.skipped, same]
 
@@ -128,11 +128,11 @@ def cannot_save(cache: TrainingCache, out: Path) -> None:
     def full(*_: object) -> None:
         raise CheckpointError(f"no space in rank {rank()}")
 
-    save, trainer_module.save_checkpoint = trainer_module.save_checkpoint, full
+    save, run_folder.save_checkpoint = run_folder.save_checkpoint, full
     try:
         Trainer(recipe(steps=1, pitch_steps=0), cache, out).run()
     finally:
-        trainer_module.save_checkpoint = save
+        run_folder.save_checkpoint = save
 
 
 def write_events(folder: str) -> list[str]:
@@ -255,7 +255,7 @@ def test_two_processes_reach_the_weights_of_one(
     last = resolve_run(out / "curve", "last") / WEIGHTS
     for name, value in parse_tensors(last.read_bytes(), last).items():
         # A learning rate of 1e-3: gradients that differ by rounding move weights by 1e-5.
-        torch.testing.assert_close(value, alone.ema[name], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(value, alone.average[name], rtol=1e-4, atol=2e-5)
 
 
 def test_validation_is_shared_and_added_up(both: list[dict[str, Any]], alone: Trainer) -> None:

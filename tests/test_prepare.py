@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
 from conftest import make_voice
 
 from waveflow.audio.io import read_audio
-from waveflow.audio.mel import MelConfig, MelSpectrogram
+from waveflow.audio.mel import MelConfig
 from waveflow.cli.main import main
 from waveflow.data import clips as clips_module
 from waveflow.data.archives import download_ljspeech, unpack
@@ -27,22 +26,12 @@ from waveflow.data.cache import (
     AUDIO_FILE,
     F0_FILE,
     MANIFEST_FILE,
-    CachedClip,
-    F0Settings,
-    Manifest,
     TrainingCache,
-    file_sha256,
 )
 from waveflow.data.clips import clipped_share, silent_share
 from waveflow.data.prepare import prepare, prepare_shard
 from waveflow.data.report import PrepareReport
 from waveflow.errors import ConfigError, DataError
-from waveflow.models.frameglow import FrameGlowConfig
-from waveflow.models.registry import FlowConfig, build_flow
-from waveflow.models.waveglow import WaveGlowConfig
-from waveflow.training.config import Recipe, TrainConfig
-from waveflow.training.losses import SpectralDistance, objectives
-from waveflow.training.trainer import Trainer
 
 RATE, HOP = 22050, 256
 MEL = MelConfig(sample_rate=RATE, hop_length=HOP)
@@ -604,89 +593,6 @@ def test_mel_is_a_preset_or_a_recipe(corpus, tmp_path, capsys):
         assert main(arguments) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
-
-
-# --- silence ---
-
-FRAMEGLOW = FrameGlowConfig(
-    n_levels=2, n_flows=1, hidden_channels=8, dilations=(1,), encoder_channels=8, encoder_layers=1
-)
-WAVEGLOW = WaveGlowConfig(n_mels=8, n_flows=2, n_layers=1, hidden_channels=8)
-both_models = pytest.mark.parametrize("model", [FRAMEGLOW, WAVEGLOW], ids=["frameglow", "waveglow"])
-
-
-def silent_cache(folder: Path, amplitude: int) -> TrainingCache:
-    """Digital silence for training and for validation, or its least significant bits."""
-    folder.mkdir()
-    frames = 12
-    rng = np.random.default_rng(0)
-    audio = rng.integers(-amplitude, amplitude + 1, 2 * frames * HOP).astype(np.int16)
-    np.save(folder / AUDIO_FILE, audio)
-    np.save(folder / F0_FILE, np.zeros(2 * frames, np.float32))
-    clips = [
-        CachedClip(
-            id=split,
-            corpus="silence",
-            split=split,
-            sample_offset=i * frames * HOP,
-            samples=frames * HOP,
-            frame_offset=i * frames,
-            frames=frames,
-        )
-        for i, split in enumerate(("train", "val"))
-    ]
-    manifest = Manifest(
-        sample_rate=RATE,
-        hop_length=HOP,
-        f0=F0Settings(),
-        sha256={name: file_sha256(folder / name) for name in (AUDIO_FILE, F0_FILE)},
-        clips=tuple(clips),
-    )
-    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json())
-    return TrainingCache(folder)
-
-
-@both_models
-@pytest.mark.parametrize("amplitude", [0, 1], ids=["zeros", "last bit"])
-def test_training_on_silence(model: FlowConfig, amplitude: int, tmp_path: Path):
-    settings = TrainConfig(
-        steps=6,
-        batch_size=2,
-        segment_frames=8,
-        energy_weight=1.0,
-        calibration_weight=1.0,
-        pitch_steps=2 if model is FRAMEGLOW else 0,
-        warmup_steps=1,
-        validate_every=6,
-    )
-    cache = silent_cache(tmp_path / "cache", amplitude)
-    trainer = Trainer(Recipe(model=model, mel=FEW_BANDS, train=settings), cache, tmp_path / "run")
-    seen: list[float] = []
-    trainer.run(report=lambda progress: seen.extend(progress.values.values()))
-    assert trainer.step == settings.steps and trainer.skipped == 0
-    assert np.isfinite(seen).all()
-    assert trainer.best is not None and np.isfinite(trainer.best)
-    assert all(t.isfinite().all() for t in trainer.flow.state_dict().values())
-
-
-@both_models
-def test_gradients_of_exact_zeros(model: FlowConfig):
-    """Without the noise that training adds to every sample."""
-    torch.manual_seed(0)
-    flow = build_flow(model, FEW_BANDS)
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    audio = torch.zeros(2, 16 * HOP)
-    mel = MelSpectrogram(FEW_BANDS)(audio)
-    assert mel.isfinite().all()
-    terms = objectives(flow, SpectralDistance(FEW_BANDS), audio, mel, energy=True, calibration=True)
-    sum(terms).backward()
-    if model is FRAMEGLOW:
-        flow.conditioner.pitch_loss(mel, torch.zeros(2, 16)).backward()
-    gradients = [p.grad for p in flow.parameters() if p.grad is not None]
-    assert len(gradients) > 0
-    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_report_file_is_plain_json(corpus, tmp_path, reads):

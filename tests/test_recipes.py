@@ -1,4 +1,4 @@
-"""Every recipe file: it is read, builds its model, is described, and takes a step."""
+"""Reading recipes; and every recipe file: it builds its model, is described, takes a step."""
 
 import math
 import runpy
@@ -10,12 +10,15 @@ import pytest
 import soundfile
 import torch
 
+from waveflow.audio.mel import MEL_PRESETS
 from waveflow.data.cache import TrainingCache
 from waveflow.data.prepare import prepare
+from waveflow.errors import ConfigError
 from waveflow.models.registry import build_flow
 from waveflow.models.waveglow import WaveGlowConfig
-from waveflow.training.config import Recipe, read_recipe
-from waveflow.training.trainer import Trainer
+from waveflow.training.config import Recipe, TrainConfig, read_recipe
+from waveflow.training.loop import Trainer
+from waveflow.training.optimizer import learning_rate
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FILES = sorted(RECIPES.rglob("*.toml"))
@@ -50,16 +53,105 @@ def parameters(recipe: Recipe) -> int:
 
 
 def small(recipe: Recipe) -> Recipe:
-    """One item as short as it may be; no more than one step for the pitch head."""
+    """One short item, at most one step for the pitch head, and no bf16: some CPUs emulate it."""
     train = recipe.train.model_copy(
         update={
             "batch_size": 1,
-            "segment_frames": 16,
+            "segment_frames": 8,
             "accumulate": 1,
             "pitch_steps": min(1, recipe.train.pitch_steps),
+            "precision": "float32",
+            "recompute": False,
         }
     )
     return recipe.model_copy(update={"train": train})
+
+
+# --- reading a recipe ---
+
+
+def test_the_shipped_models_recipe() -> None:
+    read = read_recipe(RECIPES / "ljspeech" / "frameglow.toml")
+    assert read.mel == MEL_PRESETS["hifigan"]
+    assert min(read.train.energy_weight, read.train.calibration_weight) > 0
+
+
+RECIPE = 'mel = "hifigan"\n[model]\ntype = "frameglow"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (RECIPE + "n_flow = 3", r"model\.n_flow: Extra inputs .* \(got 3\)"),
+        (RECIPE + "[train]\nrecompute = 2", r"train\.recompute.* \(got 2\)"),
+        (RECIPE + "[train]\nrecompute = true\nreversible = true", r"train\.reversible: Extra"),
+        (RECIPE + "[train]\nlr = 1", r"train\.lr: Extra inputs"),
+        (RECIPE + "[train]\nsteps = 0", r"train\.steps: .* greater than 0 \(got 0\)"),
+        (RECIPE + "[train]\nlearning_rate = nan", r"train\.learning_rate"),
+        (RECIPE + '[train]\nprecision = "int8"', r"train\.precision"),
+        (RECIPE + "[train]\ngain_range = [1]", r"train\.gain_range"),
+        ('mel = "griffin"\n[model]\ntype = "frameglow"', "there are nvidia, hifigan"),
+        (
+            'mel = "hifigan"\n[model]\ntype = "os.system"',
+            "model.type 'os.system' is .*there are .*frameglow",
+        ),
+        ('mel = "hifigan"', "model: Field required"),
+        ('[model]\ntype = "frameglow"', "mel: Field required"),
+        ('[mel]\nsample_rate = 8000\n[model]\ntype = "frameglow"', "f_max 8000 Hz is above half"),
+        ("mel = ", "is not TOML"),
+    ],
+)
+def test_wrong_recipes_are_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_recipe(path)
+    assert str(caught.value).startswith(f"recipe {path}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("older", "meaning"),
+    [("true", True), ("false", False), ('"auto"', "auto"), ('"checked"', True)],
+)
+def test_recipes_of_older_versions_call_it_reversible(
+    tmp_path: Path, older: str, meaning: bool | str
+) -> None:
+    """So do the recipes in their runs, which are resumed."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE + f"[train]\nreversible = {older}")
+    read = read_recipe(path)
+    assert read.train.recompute == meaning
+    assert "reversible" not in read.model_dump_json()
+
+
+def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read recipe .*none\.toml: No such file"):
+        read_recipe(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="cannot read recipe"):
+        read_recipe(tmp_path)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        read_recipe(tmp_path / "binary.toml")
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    config = TrainConfig(learning_rate=2.0, warmup_steps=10, decay_steps=100)
+    rates = [learning_rate(config, step) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.2)
+    assert np.argmax(rates) == 9
+    assert rates[4] == pytest.approx(2.0 * 5 / 10 / math.sqrt(1.04))
+    assert rates[300] == pytest.approx(1.0)  # 1 / sqrt(1 + 3)
+    assert (np.diff(rates[10:]) < 0).all()
+
+
+def test_a_damaged_json_recipe_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"recipe\.json is not JSON"):
+        read_recipe(tmp_path / "recipe.json")
+
+
+# --- the recipe files ---
 
 
 @pytest.mark.parametrize("path", LJSPEECH, ids=name)

@@ -1,25 +1,33 @@
-"""Objectives, recipes, and the Trainer on a made-up voice and a tiny model."""
+"""Recipes, and whole runs of the Trainer on a made-up voice and a tiny model."""
 
-import csv
+import hashlib
 import json
 import logging
 import math
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import make_voice
+from tiny_training import (
+    HOP,
+    MEL,
+    MODELS,
+    PLAIN,
+    WAVEGLOW,
+    assert_same,
+    copied,
+    perturbed,
+    recipe,
+    tensors_of,
+    write_cache,
+)
 from torch import Tensor
 
-from waveflow.audio.mel import MEL_PRESETS, MelConfig, MelSpectrogram
-from waveflow.bijections.base import record_log_dets
+from waveflow.audio.mel import MelSpectrogram
+from waveflow.bijections import ActNorm
 from waveflow.checkpoint import (
     CONFIG,
     RUN_POINTER,
@@ -27,88 +35,18 @@ from waveflow.checkpoint import (
     manifest_bytes,
     resolve_run,
 )
-from waveflow.data.cache import (
-    AUDIO_FILE,
-    F0_FILE,
-    MANIFEST_FILE,
-    CachedClip,
-    F0Settings,
-    Manifest,
-    TrainingCache,
-    file_sha256,
-)
+from waveflow.data.cache import TrainingCache
+from waveflow.data.segments import Prefetch
 from waveflow.errors import CheckpointError, ConfigError, DataError
-from waveflow.flow import Flow
-from waveflow.models.frameglow import FrameGlowConfig
-from waveflow.models.registry import build_flow
-from waveflow.training import trainer as trainer_module
-from waveflow.training.config import Recipe, TrainConfig, read_recipe
-from waveflow.training.losses import SpectralDistance, _Magnitudes, objectives
-from waveflow.training.trainer import STATE, TRAINING, Progress, Trainer, learning_rate
+from waveflow.objective import Batch, Loss
+from waveflow.training import loop
+from waveflow.training.config import Recipe, read_recipe
+from waveflow.training.loop import Progress, Trainer
+from waveflow.training.run_folder import RUN_RECORD, STATE, TRAINING
 from waveflow.training.validation import validate
 
 ROOT = Path(__file__).parent.parent
-RATE, HOP = 8000, 64
-MEL = MelConfig(
-    sample_rate=RATE, n_fft=256, hop_length=HOP, win_length=256, n_mels=20, f_max=4000.0
-)
-MODEL = FrameGlowConfig(
-    n_levels=1,
-    n_flows=2,
-    hidden_channels=8,
-    dilations=(1,),
-    encoder_channels=8,
-    encoder_layers=1,
-)
-
-
-def recipe(**train: object) -> Recipe:
-    """Two pitch steps, then all three objectives, on segments as short as they may be."""
-    settings: dict[str, object] = {
-        "steps": 6,
-        "batch_size": 2,
-        "segment_frames": 32,
-        "energy_weight": 1.0,
-        "calibration_weight": 1.0,
-        "pitch_steps": 2,
-        "warmup_steps": 2,
-        "validate_every": 3,
-        "checkpoint_every": 2,
-    }
-    return Recipe(model=MODEL, mel=MEL, train=TrainConfig(**(settings | train)))
-
-
-def write_cache(folder: Path, splits: list[str]) -> TrainingCache:
-    """A cache as `prepare` writes it, of voices whose F0 is known and not tracked."""
-    folder.mkdir(parents=True)
-    voices = [make_voice(0.6, i, RATE) for i in range(len(splits))]
-    frames = [len(voice) // HOP for voice in voices]
-    time_ = (np.arange(max(frames)) + 0.5) * HOP / RATE
-    f0 = [(120 + 30 * i + 20 * np.sin(4 * np.pi * time_))[:n] for i, n in enumerate(frames)]
-    samples = [np.round(voice * 32768).clip(-32768, 32767).astype(np.int16) for voice in voices]
-    np.save(folder / AUDIO_FILE, np.concatenate(samples))
-    np.save(folder / F0_FILE, np.concatenate(f0).astype(np.float32))
-    clips = [
-        CachedClip(
-            id=f"clip{i}",
-            corpus="made-up",
-            split=split,
-            sample_offset=sum(map(len, samples[:i])),
-            samples=len(samples[i]),
-            frame_offset=sum(frames[:i]),
-            frames=frames[i],
-        )
-        for i, split in enumerate(splits)
-    ]
-    manifest = Manifest(
-        sample_rate=RATE,
-        hop_length=HOP,
-        f0=F0Settings(),
-        sha256={name: file_sha256(folder / name) for name in (AUDIO_FILE, F0_FILE)},
-        clips=tuple(clips),
-    )
-    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json())
-    return TrainingCache(folder)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -116,249 +54,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> TrainingCache:
     return write_cache(tmp_path_factory.mktemp("caches") / "tiny", ["train", "train", "val"])
 
 
-def perturbed() -> Flow:
-    torch.manual_seed(0)
-    flow = build_flow(MODEL, MEL)
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return flow.eval()
-
-
-def speech(n_frames: int, n_items: int = 2) -> tuple[Tensor, Tensor]:
-    """Audio (B, T) and its mel (B, M, F)."""
-    voices = [torch.from_numpy(make_voice(1.0, i, RATE)) for i in range(n_items)]
-    audio = torch.stack([voice[: n_frames * HOP] for voice in voices])
-    return audio, MelSpectrogram(MEL)(audio)
-
-
-# --- magnitudes and the energy distance ---
-
-
-@pytest.mark.parametrize("window", [8, 128, 2048])
-def test_magnitudes_are_those_of_torch(window: int) -> None:
-    audio = torch.randn(2, 2200, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    weight = torch.randn(1, 1, window // 2 + 1, generator=torch.Generator().manual_seed(1))
-    ours = _Magnitudes.apply(audio, window)
-    (gradient,) = torch.autograd.grad((ours * weight).sum(), audio)
-    hann = torch.hann_window(window)
-    spectrum = torch.stft(
-        audio, window, window // 4, window=hann, center=False, return_complex=True
-    )
-    theirs = spectrum.abs().transpose(1, 2) * math.sqrt(2 / window)
-    (expected,) = torch.autograd.grad((theirs * weight).sum(), audio)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("length", [16, 41])
-def test_magnitudes_gradient(length: int) -> None:
-    """Also where the last samples fill no frame."""
-    audio = torch.randn(2, length, generator=torch.Generator().manual_seed(0)).double()
-    audio.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: _Magnitudes.apply(x, 16), audio, fast_mode=False)
-
-
-def test_magnitudes_of_silence_have_a_finite_gradient() -> None:
-    audio = torch.zeros(1, 256, requires_grad=True)
-    _Magnitudes.apply(audio, 128).sum().backward()
-    assert torch.isfinite(audio.grad).all()
-
-
-def noise(n_items: int, seed: int) -> Tensor:
-    return 0.1 * torch.randn(n_items, 2048, generator=torch.Generator().manual_seed(seed))
-
-
-def test_energy_distance_is_least_for_draws_distributed_as_speech_is() -> None:
-    """Against louder, quieter, differently coloured and collapsed draws.
-
-    For draws of speech's own distribution the expectation is half the mean distance of two
-    speech signals, E d(x, x') / 2, and not 0: the distance of speech to itself is not taken off.
-    """
-    spectral = SpectralDistance(MEL)
-    x, first, second = noise(64, 1), noise(64, 2), noise(64, 3)
-
-    def distance(first: Tensor, second: Tensor) -> float:
-        return spectral.energy_distance(x, torch.cat([first, second])).item()
-
-    def d(a: Tensor, b: Tensor) -> float:
-        # With equal draws the third term is (nearly) 0, and what remains is d(a, b).
-        return spectral.energy_distance(a, torch.cat([b, b])).item()
-
-    own = distance(first, second)
-    assert own == pytest.approx(d(x, first) / 2, rel=0.03)
-    others = {
-        "louder": distance(1.5 * first, 1.5 * second),
-        "quieter": distance(first / 1.5, second / 1.5),
-        "coloured": distance(first + first.roll(1, 1), second + second.roll(1, 1)),
-        "collapsed": distance(first, first),
-        "silent": distance(0 * first, 0 * first),
-    }
-    # 64 items of 20 to 60 frames: the means hold to about 1 %.
-    assert {name: value for name, value in others.items() if value < 1.1 * own} == {}
-
-
-def test_energy_distance_does_not_care_which_draw_is_first() -> None:
-    spectral = SpectralDistance(MEL)
-    x, first, second = noise(4, 1), noise(4, 2), 2 * noise(4, 3)
-    one = spectral.energy_distance(x, torch.cat([first, second]))
-    other = spectral.energy_distance(x, torch.cat([second, first]))
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
-
-
-def test_energy_distance_of_speech_to_itself_is_zero() -> None:
-    audio, _ = speech(40)
-    distance = SpectralDistance(MEL).energy_distance(audio, audio.repeat(2, 1))
-    # The root of the mean square is rounded up at 0, by 1e-4 for each of the five windows.
-    assert 0 <= distance.item() < 1e-4
-
-
-# --- the three objectives ---
-
-
-def test_terms_that_are_not_asked_for_are_none() -> None:
-    flow, (audio, mel) = perturbed(), speech(40)
-    spectral = SpectralDistance(MEL)
-    terms = objectives(flow, spectral, audio, mel, energy=False, calibration=False)
-    assert terms.energy is None
-    assert terms.calibration is None
-    torch.testing.assert_close(terms.nll, -flow(audio, mel).mean())
-    assert objectives(flow, spectral, audio, mel, True, False).calibration is None
-    assert objectives(flow, spectral, audio, mel, False, True).energy is None
-
-
-def test_calibration_is_zero_where_the_volume_is_the_mels_alone() -> None:
-    """A flow that has not been trained is its base: its volume does not depend on the signal."""
-    torch.manual_seed(0)
-    flow = build_flow(MODEL, MEL).eval()
-    terms = objectives(flow, SpectralDistance(MEL), *speech(40), energy=False, calibration=True)
-    assert terms.calibration is not None
-    assert terms.calibration.item() < 1e-6
-
-
-def test_calibration_is_how_much_less_volume_draws_have() -> None:
-    """On one frame, where the volumes of a frame are those that the contract returns."""
-    flow, (audio, mel) = perturbed(), speech(1, 3)
-    torch.manual_seed(5)
-    terms = objectives(flow, SpectralDistance(MEL), audio, mel, energy=False, calibration=True)
-    torch.manual_seed(5)
-    z = torch.randn(6, 1, HOP).transpose(1, 2)
-    cond = flow.condition(mel)
-    with torch.no_grad():
-        volume_of_speech = -flow.bijection(audio[:, None], cond)[1] / HOP
-        volume_of_draws = flow.bijection.inverse(z, cond.repeat(2))[1] / HOP
-    gap = torch.relu(volume_of_speech.repeat(2) - volume_of_draws)
-    assert gap.mean() > 0.01
-    torch.testing.assert_close(terms.calibration, gap.mean(), rtol=1e-4, atol=1e-5)
-
-
-def test_both_paths_record_the_volume_of_every_step() -> None:
-    flow, (audio, mel) = perturbed().double(), speech(12)
-    cond = flow.condition(mel.double())
-    with record_log_dets() as there:
-        z, log_det = flow.bijection(audio[:, None].double(), cond)
-    with record_log_dets() as back:
-        _, inverse_log_det = flow.bijection.inverse(z, cond)
-    torch.testing.assert_close(torch.stack(there).sum((0, 2)), log_det, rtol=0, atol=1e-9)
-    torch.testing.assert_close(torch.stack(back).sum((0, 2)), inverse_log_det, rtol=0, atol=1e-9)
-    # The same path: position by position, step by step, with the opposite sign.
-    for forward, inverse in zip(there, reversed(back), strict=True):
-        torch.testing.assert_close(forward, -inverse, rtol=0, atol=1e-8)
-    assert len(there) == 1 + MODEL.n_levels + 2 * MODEL.n_flows
-
-
-def test_bf16_is_close_to_float32_and_reaches_the_same_weights() -> None:
-    flow, spectral, (audio, mel) = perturbed(), SpectralDistance(MEL), speech(40)
-    results = []
-    for precision in ("float32", "bf16"):
-        torch.manual_seed(3)
-        flow.zero_grad()
-        terms = objectives(flow, spectral, audio, mel, True, True, precision)
-        sum(terms).backward()
-        gradient = torch.cat([p.grad.flatten() for p in flow.parameters() if p.grad is not None])
-        results.append((torch.stack(list(terms)), gradient))
-    (exact, exact_gradient), (rough, rough_gradient) = results
-    assert rough.dtype == torch.float32
-    # bfloat16 keeps 8 bits of the networks' outputs.
-    torch.testing.assert_close(rough, exact, rtol=0.02, atol=0.02)
-    assert len(rough_gradient) == len(exact_gradient)
-    assert torch.cosine_similarity(rough_gradient, exact_gradient, dim=0) > 0.99
-
-
-# --- recipes ---
-
-
-def test_the_shipped_models_recipe() -> None:
-    read = read_recipe(ROOT / "recipes" / "ljspeech" / "frameglow.toml")
-    assert read.mel == MEL_PRESETS["hifigan"]
-    assert min(read.train.energy_weight, read.train.calibration_weight) > 0
-
-
-RECIPE = 'mel = "hifigan"\n[model]\ntype = "frameglow"\n'
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (RECIPE + "n_flow = 3", r"model\.frameglow\.n_flow: Extra inputs .* \(got 3\)"),
-        (RECIPE + "[train]\nlr = 1", r"train\.lr: Extra inputs"),
-        (RECIPE + "[train]\nsteps = 0", r"train\.steps: .* greater than 0 \(got 0\)"),
-        (RECIPE + "[train]\nlearning_rate = nan", r"train\.learning_rate"),
-        (RECIPE + '[train]\nprecision = "int8"', r"train\.precision"),
-        (RECIPE + "[train]\ngain_range = [1]", r"train\.gain_range"),
-        ('mel = "griffin"\n[model]\ntype = "frameglow"', "there are nvidia, hifigan"),
-        ('mel = "hifigan"\n[model]\ntype = "os.system"', "model: .*frameglow"),
-        ('mel = "hifigan"', "model: Field required"),
-        ('[model]\ntype = "frameglow"', "mel: Field required"),
-        ('[mel]\nsample_rate = 8000\n[model]\ntype = "frameglow"', "f_max 8000 Hz is above half"),
-        ("mel = ", "is not TOML"),
-    ],
-)
-def test_wrong_recipes_are_one_line(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "recipe.toml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=message) as caught:
-        read_recipe(path)
-    assert str(caught.value).startswith(f"recipe {path}")
-    assert "\n" not in str(caught.value)
-
-
-def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot read recipe .*none\.toml: No such file"):
-        read_recipe(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match="cannot read recipe"):
-        read_recipe(tmp_path)
-    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="is not TOML"):
-        read_recipe(tmp_path / "binary.toml")
-
-
-def test_learning_rate_rises_and_falls() -> None:
-    config = TrainConfig(learning_rate=2.0, warmup_steps=10, decay_steps=100)
-    rates = [learning_rate(config, step) for step in range(1000)]
-    assert rates[0] == pytest.approx(0.2)
-    assert np.argmax(rates) == 9
-    assert rates[4] == pytest.approx(2.0 * 5 / 10 / math.sqrt(1.04))
-    assert rates[300] == pytest.approx(1.0)  # 1 / sqrt(1 + 3)
-    assert (np.diff(rates[10:]) < 0).all()
-
-
 # --- a run ---
-
-
-def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
-    """Weights, averages and moments."""
-    result = {f"raw.{k}": v for k, v in trainer.flow.state_dict().items()}
-    result |= {f"ema.{k}": v for k, v in trainer.ema.items()}
-    for name, parameter in trainer.flow.named_parameters():
-        for key, value in trainer.optimizer.state.get(parameter, {}).items():
-            result[f"{key}.{name}"] = value
-    return result
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [k for k in one if not torch.equal(one[k], other[k])] == []
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +89,7 @@ def test_stopping_and_resuming_changes_nothing(
 
 
 def test_a_run_leaves_its_last_and_its_best(finished: Trainer, cache: TrainingCache) -> None:
-    out = finished.out
+    out = finished.folder.path
     pointer = json.loads((out / RUN_POINTER).read_text())
     assert pointer["last"] == "step-00000006"
     folders = sorted(path.name for path in out.iterdir() if path.is_dir())
@@ -402,7 +98,7 @@ def test_a_run_leaves_its_last_and_its_best(finished: Trainer, cache: TrainingCa
     last = resolve_run(out, "last")
     assert {path.name for path in last.iterdir()} >= {TRAINING, STATE, CONFIG}
     config, flow = load_checkpoint(last)
-    assert_same(dict(flow.state_dict()), finished.ema)
+    assert_same(dict(flow.state_dict()), finished.average)
     provenance = config.provenance
     assert (provenance.data, provenance.licence, provenance.steps) == ("made up", "", 6)
     assert provenance.log_likelihood is not None
@@ -424,7 +120,7 @@ def test_best_stays_when_later_steps_are_worse(
         result = validate(*args)
         return result._replace(log_likelihood=next(scores))
 
-    monkeypatch.setattr(trainer_module, "validate", scored)
+    monkeypatch.setattr(loop, "validate", scored)
     changed = recipe(steps=4, validate_every=1, checkpoint_every=1, pitch_steps=0)
     trainer = Trainer(changed, cache, tmp_path / "run")
     trainer.run()
@@ -470,11 +166,11 @@ def test_averages_follow_the_weights_slowly_once_they_are_old(
     name = "bijection.steps.1.network.level_bias"
     for step, decay in ((0, 0.1), (1, 2 / 11), (5, 0.25)):  # (1 + step) / (10 + step) at most
         trainer.step = step
-        before = trainer.ema[name].clone()
+        before = trainer.average[name].clone()
         trainer._train_step()
         expected = decay * before + (1 - decay) * trainer.flow.state_dict()[name]
-        torch.testing.assert_close(trainer.ema[name], expected, rtol=1e-5, atol=1e-7)
-        assert not torch.equal(trainer.ema[name], before)
+        torch.testing.assert_close(trainer.average[name], expected, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(trainer.average[name], before)
 
 
 def test_without_pitch_steps_and_second_objectives(cache: TrainingCache, tmp_path: Path) -> None:
@@ -499,58 +195,71 @@ def test_validation_likelihood_rises(cache: TrainingCache, tmp_path: Path) -> No
         ema_decay=0.8,
     )
     trainer = Trainer(likelihood, cache, tmp_path / "run")
-    start = validate(trainer.flow.eval(), cache, trainer.mel, trainer.device)
+    start = validate(trainer.flow.eval(), cache, trainer.spectrogram, trainer.device)
     trainer.run()
     assert trainer.best > start.log_likelihood + 0.05
     # What is validated is what `Flow.forward` gives for the whole clip.
     _, flow = load_checkpoint(tmp_path / "run")
-    again = validate(flow, cache, trainer.mel, trainer.device)
+    again = validate(flow, cache, trainer.spectrogram, trainer.device)
     assert again.log_likelihood == pytest.approx(trainer.best, abs=1e-4)
     [(clip, samples, _)] = cache.val_clips()
-    whole = torch.from_numpy(samples[: clip.frames * HOP])[None]
+    whole = samples[None, : clip.frames * HOP]
     with torch.no_grad():
-        plain = flow(whole, trainer.mel(whole)).item()
+        plain = flow(whole, trainer.spectrogram(whole)).item()
     assert again.log_likelihood == pytest.approx(plain, abs=0.01)  # but for the dequantisation
     assert again.example.shape == (clip.frames * HOP,)
 
 
-def test_metrics_are_logged(cache: TrainingCache, tmp_path: Path) -> None:
-    plain = recipe(steps=40, validate_every=20, checkpoint_every=40, pitch_steps=30)
-    Trainer(plain, cache, tmp_path / "run").run()
-    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows.pop(0) == ["kind", "step", "minutes", "name", "value"]
-    pace = ["learning_rate", "waiting_share", "skipped"]
-    figures = [
-        tuple(row[i] for i in (0, 1, 3)) for row in rows if row[0] in ("train", "validation")
-    ]
-    assert figures == [
-        ("train", "20", "pitch_loss"),
-        ("train", "20", "gradient_norm"),
-        *(("train", "20", name) for name in pace),
-        ("train", "40", "log_likelihood"),
-        ("train", "40", "energy"),
-        ("train", "40", "calibration"),
-        ("train", "40", "gradient_norm"),
-        *(("train", "40", name) for name in pace),
-        ("validation", "40", "log_likelihood"),
-        ("validation", "40", "draw_log_likelihood"),
-    ]
-    assert all(math.isfinite(float(row[2])) and math.isfinite(float(row[4])) for row in rows)
+def test_gradients_are_clipped_and_reported_as_they_were(
+    cache: TrainingCache, tmp_path: Path
+) -> None:
+    trainer = Trainer(recipe(clip_norm=1e-3), cache, tmp_path / "run")
+    reported = trainer._train_step()["gradient_norm"]
+    gradients = [p.grad.flatten() for p in trainer.flow.parameters() if p.grad is not None]
+    assert torch.cat(gradients).norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert reported > 0.1
+
+
+def test_each_step_starts_from_no_gradient(cache: TrainingCache, tmp_path: Path) -> None:
+    trainer = Trainer(recipe(clip_norm=1e9, **PLAIN), cache, tmp_path / "run")
+    first = trainer._gradients(trainer.phases[-1])
+    gradient = trainer.flow.bijection.steps[1].network.level_bias.grad.clone()
+    assert trainer._gradients(trainer.phases[-1]) == first
+    assert torch.equal(trainer.flow.bijection.steps[1].network.level_bias.grad, gradient)
+
+
+def test_random_numbers_differ_by_seed_and_step(cache: TrainingCache, tmp_path: Path) -> None:
+    drawn = set()
+    for seed in (0, 1):
+        trainer = Trainer(recipe(seed=seed), cache, tmp_path / f"{seed}")
+        drawn.add(trainer.flow.conditioner.enter.bias[0].item())  # initial weights
+        for trainer.step in (0, 1, 2):
+            trainer._seed_noise()
+            drawn |= {torch.rand(()).item(), trainer._batch().audio[0, 0].item()}
+    assert len(drawn) == 2 * (1 + 3 + 3)
+
+
+def test_the_recipe_reaches_the_optimizer(cache: TrainingCache, tmp_path: Path) -> None:
+    trainer = Trainer(recipe(weight_decay=0.25, rates={"bijection": 0.5}), cache, tmp_path / "run")
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.25}
+    assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.99)}
+    for trainer.step in (0, 2):  # the first of the pitch head's and the first of the flow's own
+        trainer._train_step()
+        rates = {group["factor"]: group["lr"] for group in trainer.optimizer.param_groups}
+        assert rates == {0.5: pytest.approx(0.25e-3), 1.0: pytest.approx(0.5e-3)}
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped(
     cache: TrainingCache,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     what: str,
 ) -> None:
     trainer = Trainer(recipe(pitch_steps=0), cache, tmp_path / "run")
     trainer._train_step()
     trainer.step = 1
-    before = {k: v.clone() for k, v in tensors_of(trainer).items()}
+    before = copied(tensors_of(trainer))
 
     class Poison(torch.autograd.Function):
         """Lets the value pass and spoils its gradient."""
@@ -563,13 +272,15 @@ def test_a_step_that_is_not_finite_is_skipped(
         def backward(ctx: object, gradient: Tensor) -> Tensor:
             return gradient * torch.inf
 
-    def spoilt(*args: object, **kwargs: object) -> object:
-        terms = objectives(*args, **kwargs)
-        return terms._replace(
-            nll=terms.nll * torch.nan if what == "loss" else Poison.apply(terms.nll)
-        )
+    (phase,) = trainer.phases
 
-    monkeypatch.setattr(trainer_module, "objectives", spoilt)
+    def spoilt(batch: Batch) -> Loss:
+        value, terms = phase.loss(batch)
+        if what == "gradient":
+            return Loss(Poison.apply(value), terms)
+        return Loss(value * torch.nan, {name: term * torch.nan for name, term in terms.items()})
+
+    trainer.phases = [phase._replace(loss=spoilt)]
     with caplog.at_level(logging.WARNING):
         values = trainer._train_step()
     assert "step 1 skipped: loss or gradient is not finite" in caplog.text
@@ -577,13 +288,28 @@ def test_a_step_that_is_not_finite_is_skipped(
     assert trainer.skipped == 1
     assert_same(tensors_of(trainer), before)
 
-    monkeypatch.undo()
+    trainer.phases = [phase]
     trainer._train_step()
     assert trainer.skipped == 1
     assert all(torch.isfinite(tensor).all() for tensor in tensors_of(trainer).values())
     trainer._save()
     resumed = Trainer(recipe(pitch_steps=0), cache, tmp_path / "run", resume=True)
     assert resumed.skipped == 1
+
+
+@pytest.mark.parametrize("amplitude", [0, 1], ids=["zeros", "last bit"])
+@pytest.mark.parametrize("name", MODELS)
+def test_training_on_silence(tmp_path: Path, name: str, amplitude: int) -> None:
+    settings = recipe(pitch_steps=2 if name == "frameglow" else 0, warmup_steps=1, validate_every=6)
+    silent = write_cache(tmp_path / "cache", ["train", "val"], amplitude)
+    model = settings.model_copy(update={"model": MODELS[name]})
+    trainer = Trainer(model, silent, tmp_path / "run")
+    seen: list[float] = []
+    trainer.run(report=lambda progress: seen.extend(progress.values.values()))
+    assert trainer.step == 6 and trainer.skipped == 0
+    assert all(math.isfinite(value) for value in seen)
+    assert trainer.best is not None and math.isfinite(trainer.best)
+    assert all(t.isfinite().all() for t in trainer.flow.state_dict().values())
 
 
 def test_the_clock_stops_a_run_and_saves_it(cache: TrainingCache, tmp_path: Path) -> None:
@@ -604,7 +330,7 @@ def test_the_clock_stops_a_run_and_saves_it(cache: TrainingCache, tmp_path: Path
 def test_a_run_that_is_done_does_nothing_more(
     cache: TrainingCache, finished: Trainer, tmp_path: Path
 ) -> None:
-    shutil.copytree(finished.out, tmp_path / "run")
+    shutil.copytree(finished.folder.path, tmp_path / "run")
     resumed = Trainer(recipe(), cache, tmp_path / "run", resume=True)
     resumed.run(report=lambda progress: pytest.fail("a step too many"))
     assert_same(tensors_of(resumed), tensors_of(finished))
@@ -613,21 +339,21 @@ def test_a_run_that_is_done_does_nothing_more(
 def test_init_starts_from_weights_and_skips_the_pitch_steps(
     cache: TrainingCache, finished: Trainer, tmp_path: Path
 ) -> None:
-    _, flow = load_checkpoint(finished.out)
-    weights = {k: v.clone() for k, v in flow.state_dict().items()}
-    trainer = Trainer(recipe(), cache, tmp_path / "run", init=(finished.out, weights))
+    _, flow = load_checkpoint(finished.folder.path)
+    weights = copied(flow.state_dict())
+    trainer = Trainer(recipe(), cache, tmp_path / "run", init=(finished.folder.path, weights))
     assert_same(dict(trainer.flow.state_dict()), weights)
-    assert_same(trainer.ema, weights)
+    assert_same(trainer.average, weights)
     seen: list[Progress] = []
     trainer.run(max_minutes=0, report=seen.append)
     assert "log_likelihood" in seen[0].values
     # Nor are they made up for after a resume.
     resumed = Trainer(recipe(), cache, tmp_path / "run", resume=True)
-    assert resumed.pitch_steps == 0
+    assert resumed.first_steps == 0
 
     del weights["conditioner.enter.bias"]
     with pytest.raises(CheckpointError, match="lacks tensor"):
-        Trainer(recipe(), cache, tmp_path / "other", init=(finished.out, weights))
+        Trainer(recipe(), cache, tmp_path / "other", init=(finished.folder.path, weights))
 
 
 # --- what a run refuses ---
@@ -636,29 +362,28 @@ def test_init_starts_from_weights_and_skips_the_pitch_steps(
 def test_tuning_validates_before_its_first_step(
     cache: TrainingCache, finished: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, flow = load_checkpoint(finished.out)
-    weights = {k: v.clone() for k, v in flow.state_dict().items()}
+    _, flow = load_checkpoint(finished.folder.path)
+    weights = copied(flow.state_dict())
 
     def harm(self: Trainer) -> dict[str, float]:
-        self.ema["bijection.steps.1.network.level_bias"].sub_(1.0)
+        self.average["bijection.steps.1.network.level_bias"].sub_(1.0)
         return {"log_likelihood": 0.0}
 
     monkeypatch.setattr(Trainer, "_train_step", harm)
     settings = recipe(steps=3, validate_every=1)
-    trainer = Trainer(settings, cache, tmp_path / "run", init=(finished.out, weights))
+    trainer = Trainer(settings, cache, tmp_path / "run", init=(finished.folder.path, weights))
     trainer.run()
     mel = MelSpectrogram(MEL)
-    expected = validate(flow.prepare_for_inference(), cache, mel, torch.device("cpu"))
+    expected = validate(flow, cache, mel, torch.device("cpu"))
     assert trainer.before == pytest.approx(expected.log_likelihood, abs=1e-6)
     # What it started from is then still its best.
     assert trainer.best == trainer.before
     assert_same(dict(load_checkpoint(tmp_path / "run")[1].state_dict()), weights)
 
 
-@pytest.mark.parametrize("reversible", [False, True])
-def test_rates_by_name(cache: TrainingCache, tmp_path: Path, reversible: bool) -> None:
+def test_rates_by_name(cache: TrainingCache, tmp_path: Path) -> None:
     rates = {"conditioner": 0.0, "conditioner.enter": 0.5, "bijection.steps.1": 0.1}
-    settings = recipe(pitch_steps=0, rates=rates, reversible=reversible, warmup_steps=1)
+    settings = recipe(pitch_steps=0, rates=rates, warmup_steps=1)
     trainer = Trainer(settings, cache, tmp_path / "run")
     before = {k: v.clone() for k, v in trainer.flow.named_parameters()}
     trainer._train_step()
@@ -694,15 +419,15 @@ def test_wrong_rates(cache: TrainingCache, tmp_path: Path, rates: dict, message:
 def test_a_folder_that_holds_a_run_is_not_overwritten(
     cache: TrainingCache, finished: Trainer
 ) -> None:
-    before = (finished.out / "recipe.json").read_bytes()
+    before = (finished.folder.path / "recipe.json").read_bytes()
     with pytest.raises(ConfigError, match="holds a run: use --resume"):
-        Trainer(recipe(seed=1), cache, finished.out)
-    assert (finished.out / "recipe.json").read_bytes() == before
+        Trainer(recipe(seed=1), cache, finished.folder.path)
+    assert (finished.folder.path / "recipe.json").read_bytes() == before
 
 
 def test_only_the_runs_own_recipe_resumes_it(cache: TrainingCache, finished: Trainer) -> None:
     with pytest.raises(ConfigError, match="is not this recipe"):
-        Trainer(recipe(learning_rate=0.5), cache, finished.out, resume=True)
+        Trainer(recipe(learning_rate=0.5), cache, finished.folder.path, resume=True)
 
 
 DAMAGE = {
@@ -710,7 +435,7 @@ DAMAGE = {
     "recipe_unknown_field": ("recipe.json", b'{"new": 1}', ConfigError, "is not this recipe"),
     "state_not_json": (STATE, b"{", CheckpointError, STATE),
     "state_without_step": (STATE, b'{"minutes": 1}', CheckpointError, "step: Field required"),
-    "config": (CONFIG, b'{"model": {}}', CheckpointError, "model: "),
+    "config": (CONFIG, b'{"model": {}}', CheckpointError, "model.type: name the model"),
     "training": (TRAINING, b"nothing", CheckpointError, "is not a safetensors file"),
 }
 
@@ -729,11 +454,9 @@ def test_damaged_runs_are_one_error(
     cache: TrainingCache, finished: Trainer, tmp_path: Path, name: str
 ) -> None:
     """Also where hash and content agree."""
-    import hashlib
-
     file, data, error, message = DAMAGE[name]
     run = tmp_path / "run"
-    shutil.copytree(finished.out, run)
+    shutil.copytree(finished.folder.path, run)
     last = only_last(run)
     if file == "recipe.json":
         (run / file).write_bytes(data)
@@ -753,7 +476,7 @@ def test_a_checkpoint_without_moments_cannot_be_resumed(
     cache: TrainingCache, finished: Trainer, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(finished.out, run)
+    shutil.copytree(finished.folder.path, run)
     last = only_last(run)
     hashes = json.loads((last / "manifest.json").read_text())["sha256"]
     del hashes[TRAINING]
@@ -776,22 +499,10 @@ def test_recipes_that_do_not_fit(cache: TrainingCache, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_models_without_a_pitch_head_have_no_pitch_steps(
-    cache: TrainingCache, tmp_path: Path
-) -> None:
-    from waveflow.models.waveglow import WaveGlowConfig
-
-    waveglow = WaveGlowConfig(
-        n_mels=20,
-        hop_length=HOP,
-        n_flows=2,
-        n_layers=1,
-        hidden_channels=4,
-        upsample_kernel=2 * HOP,
-    )
-    with pytest.raises(ConfigError, match="no pitch head"):
-        Trainer(recipe().model_copy(update={"model": waveglow}), cache, tmp_path / "a")
-    plain = recipe(steps=2, pitch_steps=0).model_copy(update={"model": waveglow})
+def test_a_model_without_first_phases(cache: TrainingCache, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pitch_steps 2: waveglow has no phase"):
+        Trainer(recipe().model_copy(update={"model": WAVEGLOW}), cache, tmp_path / "a")
+    plain = recipe(steps=2, pitch_steps=0).model_copy(update={"model": WAVEGLOW})
     trainer = Trainer(plain, cache, tmp_path / "b")
     trainer.run()
     assert trainer.skipped == 0
@@ -810,42 +521,160 @@ def test_a_folder_that_cannot_be_made(cache: TrainingCache, tmp_path: Path) -> N
         Trainer(recipe(), cache, tmp_path / "file" / "run")
 
 
-# --- killed ---
-
-KILLED = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import test_training as t
-recipe = t.recipe(steps=100_000, pitch_steps=2, validate_every=2, checkpoint_every=1)
-t.Trainer(recipe, t.TrainingCache(Path({cache!r})), Path({out!r})).run()
-"""
+# --- a run that is made again ---
 
 
-def test_a_killed_run_is_whole_and_goes_on(cache: TrainingCache, tmp_path: Path) -> None:
-    """It saves at every step, so the kill most often falls into a save."""
-    out = tmp_path / "run"
-    code = KILLED.format(tests=str(Path(__file__).parent), cache=str(cache.folder), out=str(out))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    try:
-        deadline = time.monotonic() + 60
-        while not (out / "step-00000005").exists() and not (out / "step-00000006").exists():
-            assert time.monotonic() < deadline, "no checkpoint after a minute"
-            assert process.poll() is None, "the run has ended by itself"
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    load_checkpoint(out)
-    load_checkpoint(resolve_run(out, "last"))
-    same = recipe(steps=100_000, pitch_steps=2, validate_every=2, checkpoint_every=1)
-    # What a kill in the middle of a save leaves behind goes away with the next save.
-    (out / ".step-00000003.1234.tmp").mkdir()
-    trainer = Trainer(same, cache, out, resume=True)
-    assert trainer.step >= 4
-    trainer.run(max_minutes=0)
-    assert {path.name for path in out.iterdir() if path.is_dir()} == set(
-        json.loads((out / RUN_POINTER).read_text()).values()
+def test_a_run_folder_reproduces_the_run(cache: TrainingCache, tmp_path: Path) -> None:
+    first = Trainer(recipe(), cache, tmp_path / "first", data="made up")
+    first.run()
+    record = json.loads((tmp_path / "first" / RUN_RECORD).read_text())
+    assert record["command"] == sys.argv
+    assert record["packages"]["torch"] == torch.__version__
+    assert record["data"]["description"] == "made up"
+    assert record["data"]["manifest"] == cache.manifest.model_dump(mode="json")
+    assert len(record["data"]["manifest"]["sha256"]["audio.npy"]) == 64
+    assert record["platform"]["device"] == "cpu"
+    assert record["init"] is None
+    assert Recipe.model_validate(record["recipe"]) == recipe()
+
+    again = read_recipe(tmp_path / "first" / "recipe.json")
+    data = TrainingCache(Path(record["data"]["folder"]))
+    second = Trainer(again, data, tmp_path / "second")
+    second.run()
+    one, other = tensors_of(first), tensors_of(second)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_record_names_the_initial_weights_and_is_written_once(
+    cache: TrainingCache, tmp_path: Path
+) -> None:
+    Trainer(recipe(steps=2, **PLAIN), cache, tmp_path / "first").run()
+    best = sorted((tmp_path / "first").glob("step-*"))[-1]
+    weights = load_checkpoint(best)[1].state_dict()
+    started = Trainer(recipe(steps=2, **PLAIN), cache, tmp_path / "second", init=(best, weights))
+    started.run()
+    text = (tmp_path / "second" / RUN_RECORD).read_text()
+    assert json.loads(text)["init"]["folder"] == str(best.resolve())
+    assert len(json.loads(text)["init"]["manifest_sha256"]) == 64
+    Trainer(recipe(steps=4, **PLAIN), cache, tmp_path / "second", resume=True).run()
+    assert (tmp_path / "second" / RUN_RECORD).read_text() == text
+
+
+# --- knowing when to stop ---
+
+
+def test_a_run_without_progress_stops_and_says_why(
+    cache: TrainingCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scores = iter([-3.0, -2.0, -2.5, -1.0, -1.5, -1.2, -1.1, 0.0])
+
+    def scored(*args: object) -> object:
+        return validate(*args)._replace(log_likelihood=next(scores))
+
+    monkeypatch.setattr(loop, "validate", scored)
+    patient = recipe(steps=100, validate_every=2, checkpoint_every=50, patience=3, **PLAIN)
+    trainer = Trainer(patient, cache, tmp_path / "run")
+    with caplog.at_level(logging.INFO, "waveflow"):
+        trainer.run()
+    assert trainer.step == 14
+    assert trainer.best == -1.0
+    [line] = [record.message for record in caplog.records if "stopped" in record.message]
+    assert line == (
+        "stopped at step 14: since step-00000008 no validation log-likelihood was above -1.0000"
     )
-    assert resolve_run(out, "last").name == f"step-{trainer.step:08d}"
+    # It is saved, and has nothing more to do.
+    resumed = Trainer(patient, cache, tmp_path / "run", resume=True)
+    assert resumed.step == 14
+    resumed.run(report=lambda progress: pytest.fail("a step too many"))
+    # More patience goes on with it.
+    more = recipe(steps=16, validate_every=2, checkpoint_every=50, patience=5, **PLAIN)
+    resumed = Trainer(more, cache, tmp_path / "run", resume=True)
+    resumed.run()
+    assert resumed.step == 16
+    assert resumed.best == 0.0
+
+
+# --- steps in parts ---
+
+
+@pytest.mark.parametrize("step", [0, 5], ids=["pitch", "flow"])
+def test_a_step_in_parts_is_the_step(cache: TrainingCache, tmp_path: Path, step: int) -> None:
+    results = []
+    for parts in (1, 3):
+        settings = recipe(batch_size=4, accumulate=parts, pitch_steps=1)
+        trainer = Trainer(settings, cache, tmp_path / f"{parts}")
+        trainer.flow.load_state_dict(perturbed().state_dict())
+        trainer.step = step
+        values = trainer._train_step()
+        moments = [state["exp_avg"].flatten() for state in trainer.optimizer.state.values()]
+        results.append((torch.cat(moments), values))
+    (whole, terms), (summed, part_terms) = results
+    # Sums in another order: float32's rounding of values that partly cancel.
+    assert (whole - summed).norm() < 1e-4 * whole.norm()
+    assert part_terms == pytest.approx(terms, rel=1e-4)
+
+
+def test_layers_that_start_from_data_see_the_whole_batch(
+    cache: TrainingCache, tmp_path: Path
+) -> None:
+    norms = []
+    for parts in (1, 4):
+        settings = recipe(batch_size=4, accumulate=parts, **PLAIN)
+        trainer = Trainer(settings, cache, tmp_path / f"{parts}")
+        norm = ActNorm(HOP)
+        trainer.flow.bijection.steps.append(norm)
+        trainer._gradients(trainer.phases[-1])
+        norms.append(norm)
+    assert norms[1].initialized
+    torch.testing.assert_close(norms[1].shift, norms[0].shift, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norms[1].log_scale, norms[0].log_scale, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_cannot_be_cut_into_more_parts_than_items() -> None:
+    with pytest.raises(ValueError, match="accumulate 3 parts of batch_size 2"):
+        recipe(batch_size=2, accumulate=3)
+
+
+def test_the_optimizer_is_fused(cache: TrainingCache, tmp_path: Path) -> None:
+    """That a resumed run is bit-equal with it is test_training's business."""
+    trainer = Trainer(recipe(**PLAIN), cache, tmp_path / "run")
+    assert trainer.optimizer.defaults["fused"]
+
+
+# --- prefetch ---
+
+
+def test_batches_are_drawn_while_the_step_runs() -> None:
+    drawn: dict[int, threading.Event] = {step: threading.Event() for step in range(20)}
+
+    def draw(step: int) -> int:
+        drawn[step].set()
+        return step * step
+
+    batches = Prefetch(draw, ahead=2)
+    assert batches.get(3) == 9
+    assert drawn[4].wait(5) and drawn[5].wait(5)
+    assert not drawn[6].is_set()
+    assert [batches.get(step) for step in (4, 5, 6, 6, 0, 12)] == [16, 25, 36, 36, 0, 144]
+
+
+def test_what_is_waited_for_is_counted() -> None:
+    free = threading.Event()
+    batches = Prefetch(lambda step: free.wait(0.2), ahead=1)
+    batches.get(0)
+    assert 0.5 < batches.waiting_share() <= 1
+    free.set()
+    batches.get(1)
+    free.wait(0.1)
+    assert batches.waiting_share() < 1
+
+
+def test_errors_of_the_thread_reach_the_step() -> None:
+    def draw(step: int) -> int:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        Prefetch(draw).get(0)

@@ -11,6 +11,7 @@ from waveflow.bijections.base import Bijection, Condition, zero_padding
 from waveflow.context import Context, context_of
 from waveflow.distributions import draw_noise, standard_normal_log_prob
 from waveflow.errors import ConfigError
+from waveflow.objective import Batch, Phase
 
 # What a stream carries from a window to the next: None, a tensor with the batch first, or a tuple
 # of them. Only the conditioner that made it looks inside.
@@ -219,6 +220,34 @@ class Flow(nn.Module):
         """
         samples = draw_noise(n_frames, self.hop_length, seeds, first_frame)
         return samples.reshape(len(seeds), -1, self.channels).transpose(1, 2)
+
+    def phases(self, settings: Any) -> list[Phase]:
+        """First phases of a training, before the one that trains the whole flow; none by default.
+
+        A training calls it once, when it starts or resumes. A phase without end (`steps` is
+        math.inf) replaces the one that trains the whole flow. This is how a model learns from
+        another flow: it loads that teacher here (`settings.teacher`) and lets the phase's loss
+        hold it. A teacher that is an attribute of the flow would be saved with it.
+
+        Args:
+            settings: the recipe's `TrainConfig`.
+        """
+        return []
+
+    def training_loss(self, batch: Batch, cond: Condition) -> dict[str, Tensor]:
+        """Terms of the model's own objective; training minimises their sum.
+
+        By default the negative log-likelihood, "nll". A variational model overrides this with its
+        bound. Terms of a recipe, such as the spectral energy distance, are no part of it.
+
+        Args:
+            batch: the items, under the two rules of `Batch`.
+            cond: `condition` of the batch's mel.
+
+        Returns:
+            Scalars by name, means over the items.
+        """
+        return {"nll": -self.log_prob(batch.audio, cond)[0].mean()}
 
     def _mel(self, samples: Tensor, mel: Tensor | None) -> Tensor:
         """The mel, or one without bands for samples (B, T) where the flow needs none."""

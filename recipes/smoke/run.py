@@ -2,9 +2,9 @@
 
     python recipes/smoke/run.py
 
-For each recipe beside this file: prepare, train, resume, evaluate, synthesise, by the commands that
-a user types. Half a minute on one core. Ends with status 1 at the first command that fails, and at
-the first output that is missing, silent or too short.
+For each recipe beside this file: prepare, train, resume, evaluate and synthesise, with the commands
+that a user types. It takes half a minute on one core. It ends with status 1 at the first command
+that fails or the first output that is missing, silent or too short.
 """
 
 import json
@@ -26,7 +26,7 @@ VALIDATION = ["clip4", "clip5"]
 
 
 def main() -> None:
-    """Runs every smoke recipe, each in a folder of its own that is removed afterwards."""
+    """Runs every smoke recipe, each in a temporary folder."""
     for recipe in sorted(Path(__file__).parent.glob("*.toml")):
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def run_recipe(recipe: Path, scratch: Path) -> None:
-    """All stages of one recipe, with a check after each."""
+    """Runs all stages of one recipe, with a check after each."""
     settings = read_recipe(recipe)
     corpus, cache, run = scratch / "corpus", scratch / "cache", scratch / "run"
     make_corpus(corpus)
@@ -69,7 +69,7 @@ def run_recipe(recipe: Path, scratch: Path) -> None:
 
 
 def make_corpus(folder: Path) -> None:
-    """Clips in LJSpeech's layout: harmonics of a gliding pitch, in noise, rising and falling."""
+    """Writes clips in LJSpeech's layout: harmonics of a gliding pitch, in noise."""
     (folder / "wavs").mkdir(parents=True)
     rng = np.random.default_rng(0)
     seconds = np.arange(round(RATE * SECONDS)) / RATE
@@ -93,27 +93,27 @@ def command(*arguments: object) -> None:
 
 
 def expect(holds: bool, otherwise: str) -> None:
-    """Ends the whole with status 1 and one line if something does not hold."""
+    """Ends the script with status 1 and one line if something does not hold."""
     if not holds:
         sys.exit(f"smoke: {otherwise}")
 
 
 def expect_step(run: Path, step: int) -> None:
-    """The newest checkpoint is of this step, and whole."""
+    """Expects that the newest checkpoint is that of a step, and whole."""
     newest = resolve_run(run, "last")
     expect(newest.name == f"step-{step:08d}", f"{newest} is not of step {step}")
     read_files(newest)
 
 
 def expect_speech(folder: Path, sample_rate: int, hop_length: int) -> None:
-    """One file for each clip, at the model's rate, of the clip's length and not silent."""
+    """Expects one file for each clip, at the model's rate, of the clip's length and not silent."""
     files = sorted(folder.glob("*.wav"))
     expect(len(files) == N_CLIPS, f"{folder} has {len(files)} of {N_CLIPS} files")
     for file in files:
         audio, rate = soundfile.read(file)
         expect(rate == sample_rate, f"{file} has {rate} Hz")
         missing = round(SECONDS * rate) - len(audio)
-        # A mel knows whole frames alone.
+        # A mel has only whole frames.
         expect(0 <= missing < hop_length, f"{file} lacks {missing} samples")
         expect(bool(audio.std() > 1e-4), f"{file} is silent")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from waveflow.audio.mel import MelConfig
     from waveflow.data.cache import TrainingCache
-    from waveflow.training.trainer import Progress
+    from waveflow.training.loop import Progress
 
 
 def train(
@@ -95,7 +95,7 @@ def train(
     start = None if init is None else _weights(init)
 
     from waveflow.data.cache import TrainingCache
-    from waveflow.training.trainer import Trainer
+    from waveflow.training.loop import Trainer
 
     with process_group(device):
         main, logger = is_main(), logging.getLogger("waveflow")
@@ -185,10 +185,9 @@ def _training_bar(steps: int, visible: bool) -> "Iterator[Callable[[Progress], N
 
 
 def _values(report: "Progress") -> str:
-    """Likelihood (or the pitch head's loss), speed and time left, in few characters."""
-    if "log_likelihood" in report.values:
-        value = f"log p {report.values['log_likelihood']:.3f}"
-    else:
-        value = f"pitch loss {report.values['pitch_loss']:.3f}"
+    """The first term (mostly the likelihood), speed and time left, in few characters."""
+    name, first = next(iter(report.values.items()))
+    name = {"log_likelihood": "log p"}.get(name, name.replace("_", " "))
+    value = f"{name} {first:.3f}"
     hours, minutes = divmod(max(0, round(report.minutes_left)), 60)
     return f"{value}, {report.audio_seconds_per_second:.0f} s/s, {hours}:{minutes:02d} left"

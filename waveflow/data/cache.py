@@ -1,21 +1,31 @@
-"""The training cache: a corpus's audio and F0 in two plain arrays, ready to be memory-mapped.
+"""The training cache: a corpus's audio and F0 in plain arrays that are memory-mapped.
 
-A cache is a folder of `audio.npy` (int16, all clips one after another), `f0.npy` (float32, Hz, one
-value for each whole hop, 0 where unvoiced, clips one after another) and `manifest.json`, which says
-where each clip lies; `report.json` beside them says what the recordings were. Where an acoustic
-model's mels were given, `mel.npy` (float32, natural logarithms) has a row of theirs for each hop.
-`waveflow.data.prepare` writes it; reading it needs no audio library.
+A cache is a folder with these files:
+
+- `audio.npy`: int16, all clips one after another.
+- `f0.npy`: float32, Hz, one value for each whole hop, 0 where unvoiced, all clips in a row.
+- `mel.npy`: only where an acoustic model's mels were given; float32, natural logarithms, a row for
+  each hop.
+- `manifest.json`: where each clip lies, and the hashes of the arrays.
+- `report.json`: describes the recordings.
+
+`waveflow.data.prepare` writes it. Reading it needs no audio library.
 """
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from torch import Tensor
 
+from waveflow.audio.dequantise import STEP_16_BIT
 from waveflow.audio.f0 import F0_CEILING_HZ, F0_FLOOR_HZ
+from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.data.corpus import Split
 from waveflow.errors import DataError
 
@@ -25,15 +35,13 @@ MEL_FILE = "mel.npy"
 MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
 
-_FULL_SCALE = 32768
-
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class CachedClip(_Frozen):
-    """Where a clip lies in the cache: offsets and lengths in samples and in frames (whole hops)."""
+    """Where a clip lies in the cache, in samples and in frames (whole hops)."""
 
     id: str
     corpus: str
@@ -45,7 +53,7 @@ class CachedClip(_Frozen):
 
 
 class F0Settings(_Frozen):
-    """How F0 was tracked."""
+    """The settings of the F0 tracker."""
 
     method: str = "dio+stonemask"
     floor_hz: float = F0_FLOOR_HZ
@@ -53,9 +61,10 @@ class F0Settings(_Frozen):
 
 
 class Manifest(_Frozen):
-    """What `manifest.json` holds. Any mel of this sample rate and hop can be trained from it.
+    """The content of `manifest.json`.
 
-    Where mels were given, `n_mels` is the number of their bands, and only they are trained on.
+    A run may compute any mel of this sample rate and hop from the audio. If mels were given,
+    `n_mels` is the number of their bands, and runs train on those mels.
     """
 
     kind: Literal["waveflow training cache"] = "waveflow training cache"
@@ -75,7 +84,7 @@ class TrainingCache:
         folder: the cache's folder.
 
     Raises:
-        DataError: the folder is no cache, is damaged, or is of another format.
+        DataError: the folder is not a cache, is damaged, or has another format.
 
     Example:
         >>> cache = TrainingCache(Path("data/lj"))  # doctest: +SKIP
@@ -119,18 +128,47 @@ class TrainingCache:
         return self._f0[clip.frame_offset : clip.frame_offset + clip.frames]
 
     def mel(self, clip: CachedClip) -> np.ndarray | None:
-        """Returns the mel given for a clip, (frames, n_mels) float32, a view of the file."""
+        """Returns the mel given for a clip, (frames, n_mels) float32, a view of the file.
+
+        None if no mels were given.
+        """
         if self._mel is None:
             return None
         return self._mel[clip.frame_offset : clip.frame_offset + clip.frames]
 
-    def val_clips(self) -> Iterator[tuple[CachedClip, np.ndarray, np.ndarray]]:
-        """Yields each validation clip, its audio (samples,) float32 in [-1, 1) and F0 (frames,)."""
+    def val_clips(self) -> Iterator[tuple[CachedClip, Tensor, Tensor | None]]:
+        """Yields each validation clip, its audio (samples,) in [-1, 1) and its given mel.
+
+        The mel is (n_mels, frames), or None if no mels were given.
+        """
         for clip in self.clips("val"):
-            yield clip, self.audio(clip).astype(np.float32) / _FULL_SCALE, self.f0(clip)
+            yield clip, *self._tensors(clip)
+
+    def mel_range(self, config: MelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Returns the lowest and highest value of each mel band in the training clips.
+
+        It looks at 200 clips at most. A model carries this range in its config, to recognise mels
+        of another convention.
+        """
+        clips = self.clips("train")
+        spectrogram = MelSpectrogram(config)
+        lows = torch.full((config.n_mels,), math.inf)
+        highs = torch.full((config.n_mels,), -math.inf)
+        for clip in clips[:: max(1, len(clips) // 200)]:
+            audio, given = self._tensors(clip)
+            frames = given_or_computed(given, audio, spectrogram)
+            lows = torch.minimum(lows, frames.amin(1))
+            highs = torch.maximum(highs, frames.amax(1))
+        return tuple(lows.tolist()), tuple(highs.tolist())
+
+    def _tensors(self, clip: CachedClip) -> tuple[Tensor, Tensor | None]:
+        """A clip's audio (samples,) in [-1, 1) and the mel (n_mels, frames) that was given."""
+        audio = torch.from_numpy(self.audio(clip).astype(np.float32) * STEP_16_BIT)
+        given = self.mel(clip)
+        return audio, None if given is None else torch.from_numpy(given.T.copy())
 
     def verify(self) -> None:
-        """Compares the arrays with the checksums in the manifest; reads all of the cache.
+        """Compares the arrays with the hashes in the manifest; this reads all of the cache.
 
         Raises:
             DataError: an array is not the one that `prepare` wrote.
@@ -151,6 +189,16 @@ class TrainingCache:
                 f" {np.dtype(dtype)} {shape}: run waveflow prepare again"
             )
         return array
+
+
+def given_or_computed(
+    given: Tensor | None, audio: Tensor, spectrogram: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The mel that a run trains on: the one given with the data, else the mel of the audio.
+
+    Training, validation and the model's mel range all ask this function.
+    """
+    return spectrogram(audio) if given is None else given.to(audio.device)
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -15,7 +15,7 @@ shift and as "demodulated" inputs, the passive bins times E, which are the phase
 relative to the source. E is a function of the mel, so the likelihood stays exact.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ from waveflow.models.registry import FlowConfig, register
 from waveflow.nn.frame import ConvNeXt, GatedStack
 from waveflow.nn.pitch import PitchHead
 from waveflow.nn.source import HarmonicSource
+from waveflow.objective import Batch, Loss, Phase
 
 
 class FrameGlowConfig(FlowConfig):
@@ -88,7 +89,24 @@ def frameglow(config: FrameGlowConfig, mel: MelConfig) -> Flow:
             Coupling(network, affine, EvenOdd(swap=k % 2 == 1)),
             InvertibleConv1x1(bins, start="identity"),
         ]
-    return Flow(Chain(*steps), FrameConditioner(layout, config, mel), bins, bins)
+    return FrameGlow(Chain(*steps), FrameConditioner(layout, config, mel), bins, bins)
+
+
+class FrameGlow(Flow):
+    """A Flow whose training begins with its pitch head, which is frozen afterwards."""
+
+    conditioner: "FrameConditioner"
+
+    def phases(self, settings: Any) -> list[Phase]:
+        if not settings.pitch_steps:
+            return []
+        return [Phase("pitch head", settings.pitch_steps, self._pitch_loss)]
+
+    def _pitch_loss(self, batch: Batch) -> Loss:
+        # The mean over voiced frames is that of the whole step.
+        n_voiced = batch.step_mean("voiced frames", lambda b: (b.f0 > 0).sum() / len(b.f0))
+        loss = self.conditioner.pitch_loss(batch.mel, batch.f0, n_voiced * len(batch.f0))
+        return Loss(loss, {"pitch_loss": loss})
 
 
 class FeatureLayout:

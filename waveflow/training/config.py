@@ -1,4 +1,4 @@
-"""Recipes: everything that decides a training run, as small TOML files."""
+"""Recipes: small TOML files with everything that decides a training run."""
 
 import json
 import tomllib
@@ -17,32 +17,33 @@ class TrainConfig(BaseModel):
     """How a model is trained.
 
     Attributes:
-        steps: optimizer steps in all.
+        steps: number of optimizer steps.
         batch_size, segment_frames: items of a step and their length in mel frames.
-        accumulate: parts into which a step's batch is cut, one after another in memory; the
-            gradient is that of the whole batch.
+        accumulate: number of parts into which a step's batch is cut. They are in memory one after
+            another; the gradient is that of the whole batch.
         gain_range: random gain of each item, log-uniform.
-        likelihood_weight: of -log p, in nats per audio sample.
+        likelihood_weight: of the model's own objective, -log p in nats per audio sample.
         energy_weight: of the spectral energy distance of two draws; 0 leaves it out.
         calibration_weight: of calibration; 0 leaves it out.
-        pitch_steps: first steps, which train the pitch head alone; then it is frozen.
-        learning_rate: the peak, reached linearly after `warmup_steps`; then it falls with
-            1 / sqrt(1 + step / decay_steps), which needs no end to be known.
-        rates: factors of the learning rate by the beginning of a parameter's name, the longest
-            that fits; 0 freezes. For fine-tuning: `{conditioner = 0.1, "bijection.steps.1" = 0}`.
+        pitch_steps: first steps, which train only the pitch head. It is frozen afterwards.
+        teacher: name or folder of a trained model, for models that learn from another one.
+        learning_rate: the peak. The rate rises to it linearly in `warmup_steps`, then falls with
+            1 / sqrt(1 + step / decay_steps), which does not need to know the end of the run.
+        rates: factors of the learning rate by the beginning of a parameter's name. The longest
+            name that fits counts; 0 freezes. For fine-tuning:
+            `{conditioner = 0.1, "bijection.steps.1" = 0}`.
         clip_norm: largest norm of the gradient.
-        ema_decay: of the running mean of the weights that is validated and shipped.
+        ema_decay: of the running mean of the weights, which is validated and shipped.
         seed: of initial weights, data order and noise.
         validate_every, checkpoint_every: in steps.
-        patience: the run ends after so many validations without a better likelihood; 0: never.
-            Validations compare the same clips under the same noise, so the interval of one
-            validation, which is about other clips, is no measure of what better means.
+        patience: the run ends after this many validations without a better likelihood; 0: never.
         precision: of the networks' matrix products; bijections stay in float32.
-        recompute: whether the backward pass computes the couplings' networks again instead of
-            keeping their activations, in a memory that does not grow with the number of flows, for
-            4/3 of the time; "auto": where they would fill more than half of the device's memory.
-        compile: whether torch.compile fuses the couplings' networks. The first steps wait minutes
-            for a compiler; a CPU gains 1 to 3 %.
+        recompute: whether the backward pass computes the activations of the couplings' networks
+            again instead of keeping them. Memory then hardly grows with the number of flows, and a
+            step takes 1.2 to 1.4 times as long. "auto" does so if the activations would fill more
+            than half of the device's memory. Recipes of older versions call it `reversible`.
+        compile: whether torch.compile fuses the couplings' networks. The first steps then wait
+            minutes for a compiler; a CPU gains 1 to 3 %.
         threads: of torch on a CPU.
     """
 
@@ -57,6 +58,7 @@ class TrainConfig(BaseModel):
     energy_weight: float = Field(default=0.0, ge=0)
     calibration_weight: float = Field(default=0.0, ge=0)
     pitch_steps: int = Field(default=0, ge=0)
+    teacher: str = ""
     learning_rate: float = Field(default=1e-3, gt=0)
     rates: dict[str, Annotated[float, Field(ge=0)]] = {}
     warmup_steps: int = Field(default=200, ge=1)
@@ -73,13 +75,22 @@ class TrainConfig(BaseModel):
     compile: bool = False
     threads: int = Field(default=1, gt=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, data: object) -> object:
+        if isinstance(data, dict) and "reversible" in data and "recompute" not in data:
+            data = dict(data)
+            older = data.pop("reversible")
+            data["recompute"] = True if older == "checked" else older
+        return data
+
     @field_validator("precision", mode="before")
     @classmethod
     def _no_half(cls, value: object) -> object:
         if value in ("fp16", "float16", "half", "16-mixed"):
             raise ValueError(
-                "fp16 is not offered: its range needs a scaled loss, and the scale of a run that "
-                'meets infinities falls until nothing is learnt; use "bf16" or "float32"'
+                "fp16 is not offered: its range needs a scaled loss, and infinities lower the "
+                'scale until the run learns nothing; use "bf16" or "float32"'
             )
         return value
 
@@ -87,14 +98,14 @@ class TrainConfig(BaseModel):
     def _parts_hold_items(self) -> Self:
         if self.accumulate > self.batch_size:
             raise ValueError(
-                f"accumulate {self.accumulate} parts of batch_size {self.batch_size}: each needs "
-                "an item"
+                f"accumulate {self.accumulate} parts of batch_size {self.batch_size}: each part "
+                "needs an item"
             )
         return self
 
 
 class Recipe(BaseModel):
-    """A model, its mel and its training. `mel` may be the name of a preset."""
+    """A model, its mel and its training. The name of a preset may stand for `mel`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -114,7 +125,7 @@ class Recipe(BaseModel):
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe file: TOML, or the recipe.json that a run keeps.
+    """Reads a recipe file: TOML, or the recipe.json in a run's folder.
 
     Raises:
         ConfigError: missing, not TOML or JSON, or a field that is unknown or out of range.
@@ -124,7 +135,7 @@ def read_recipe(path: Path) -> Recipe:
         data = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
-    except ValueError as error:  # both parsers' errors and that of the encoding are one
+    except ValueError as error:  # of either parser, or of the encoding
         raise ConfigError(f"recipe {path} is not {kind}: {error}") from error
     try:
         return Recipe.model_validate(data)

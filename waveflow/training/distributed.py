@@ -3,20 +3,20 @@
 Everything here also works in a process of its own, where it does nothing.
 """
 
-import itertools
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from waveflow.errors import ConfigError, WaveflowError
+from waveflow.objective import Share
 
 Result = TypeVar("Result")
 
@@ -112,30 +112,6 @@ def _others() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise WaveflowError("another process of this run has ended: its error says why") from error
-
-
-class Share(NamedTuple):
-    """Items [start, stop) of the `total` of a global batch."""
-
-    start: int
-    stop: int
-    total: int
-
-    @property
-    def weight(self) -> float:
-        """Its part of the batch: means over shares, times these, add up to the batch's mean."""
-        return (self.stop - self.start) / self.total
-
-    def of(self, whole: Tensor, axis: int = 0) -> Tensor:
-        """Its items of a tensor that holds all of the batch's along an axis."""
-        return whole.narrow(axis, self.start, self.stop - self.start)
-
-    def split(self, n_parts: int) -> "list[Share]":
-        """Consecutive shares whose sizes differ by one item at most; none is empty."""
-        size = self.stop - self.start
-        n_parts = min(n_parts, size)
-        edges = [self.start + size * part // n_parts for part in range(n_parts + 1)]
-        return [Share(start, stop, self.total) for start, stop in itertools.pairwise(edges)]
 
 
 def own_share(total: int) -> Share:

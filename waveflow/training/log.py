@@ -1,4 +1,4 @@
-"""What a run writes down of itself while it goes on."""
+"""The log of a run: metrics.csv, TensorBoard, Weights & Biases."""
 
 import csv
 import logging
@@ -10,20 +10,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from waveflow.audio.mel import MelSpectrogram
+from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.data.cache import file_sha256
 from waveflow.errors import ConfigError
-from waveflow.training.record import RUN_RECORD
+from waveflow.training.run_folder import RECIPE, RUN_RECORD
 from waveflow.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-# Names a project of Weights & Biases; its own variables (WANDB_MODE, ...) hold beside.
+# Environment variable: a project of Weights & Biases. Its own variables (WANDB_MODE, ...) hold too.
 WANDB_SWITCH = "WAVEFLOW_WANDB"
 
 
 class Board(Protocol):
-    """Where curves, sounds and pictures go beside metrics.csv."""
+    """Takes curves, sounds and pictures."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -35,23 +35,27 @@ class Board(Protocol):
 
 
 class MetricsLog:
-    """metrics.csv of a run always; TensorBoard where it is installed; Weights & Biases on demand.
+    """Writes metrics.csv; also to TensorBoard if installed, and to Weights & Biases on demand.
+
+    A resumed run repeats the steps after its last checkpoint. metrics.csv then has their rows
+    twice, with equal values on a CPU.
 
     Args:
         out: the run's folder.
-        step: that the run is at. A resumed run repeats the steps after its last checkpoint, and
-            metrics.csv has their rows twice, the same on a CPU.
+        step: the step at which the run is.
+        mel: settings of the pictures.
 
     Raises:
         ConfigError: Weights & Biases is asked for and not installed.
     """
 
-    def __init__(self, out: Path, step: int) -> None:
+    def __init__(self, out: Path, step: int, mel: MelConfig) -> None:
         self.path = out / "metrics.csv"
         self.folder = out
         self.step = step
+        self.spectrogram = MelSpectrogram(mel)
         self.boards: list[Board] = []
-        self.spoken = False  # the speech is the same each time
+        self.has_speech = False  # the speech is the same each time
 
     def __enter__(self) -> "MetricsLog":
         tensorboard = _tensorboard(self.folder, self.step)
@@ -85,10 +89,8 @@ class MetricsLog:
         for board in self.boards:
             board.scalars(step, {f"{kind}/{name}": value for name, value in values.items()})
 
-    def add_validation(
-        self, step: int, minutes: float, result: Validation, mel: MelSpectrogram
-    ) -> None:
-        """Rows of its figures; its example to hear and to see, where there is a board for it."""
+    def add_validation(self, step: int, minutes: float, result: Validation) -> None:
+        """Appends rows of its figures; gives its example to the boards."""
         values = {"log_likelihood": result.log_likelihood}
         if result.interval is not None:
             values["interval"] = result.interval
@@ -96,21 +98,21 @@ class MetricsLog:
         self.add("validation", step, minutes, values)
         self.add("z", step, minutes, result.latent._asdict())
         self.add("log_det", step, minutes, result.log_dets)
-        if not self.spoken:
-            self._add_sound(step, "speech", result.speech, mel)
-            self.spoken = True
-        self._add_sound(step, "draw", result.example, mel)
+        if not self.has_speech:
+            self._add_sound(step, "speech", result.speech)
+            self.has_speech = True
+        self._add_sound(step, "draw", result.example)
 
-    def _add_sound(self, step: int, name: str, audio: Tensor, mel: MelSpectrogram) -> None:
+    def _add_sound(self, step: int, name: str, audio: Tensor) -> None:
         for board in self.boards:
-            board.audio(step, name, audio.clamp(-1, 1), mel.config.sample_rate)
-            board.picture(step, name, mel_picture(mel(audio)))
+            board.audio(step, name, audio.clamp(-1, 1), self.spectrogram.config.sample_rate)
+            board.picture(step, name, mel_picture(self.spectrogram(audio)))
 
 
 def mel_picture(mel: Tensor) -> Tensor:
-    """A log-mel (M, F) as a grey image (1, 2 M, F) uint8: low bands below, loud is white.
+    """A log-mel (M, F) as a grey image (1, 2 M, F) uint8: low bands at the bottom, loud is white.
 
-    The scale is fixed, from silence (1e-5, black) to amplitude 1, so that pictures compare.
+    The scale is fixed, from silence (1e-5, black) to amplitude 1, so that pictures can be compared.
     """
     grey = ((mel + 11.5) / 13.5).clamp(0, 1) * 255
     return grey.round().to(torch.uint8).flip(0).repeat_interleave(2, 0)[None].cpu()
@@ -139,12 +141,12 @@ def _tensorboard(out: Path, step: int) -> Board | None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    # Curves of steps that a killed run had made after its last checkpoint are dropped.
+    # Drops the curves of steps that a killed run made after its last checkpoint.
     return _TensorBoard(SummaryWriter(str(out), purge_step=step))
 
 
 class _WandbBoard:
-    """One run of a project, gone on with when the training's own run is resumed."""
+    """One run of a project; a resumed training continues it."""
 
     def __init__(self, out: Path, project: str) -> None:
         try:
@@ -162,9 +164,9 @@ class _WandbBoard:
             id=file_sha256(record)[:16] if record.is_file() else None,
             resume="allow",
             dir=str(out),
-            config={"recipe": (out / "recipe.json").read_text(encoding="utf-8")},
+            config={"recipe": (out / RECIPE).read_text(encoding="utf-8")},
         )
-        # Its own count of steps may not go back, ours does when a killed run is resumed.
+        # Its own count of steps cannot go back; ours does when a killed run resumes.
         self.run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

@@ -1,37 +1,49 @@
-"""Validation: the likelihood of held speech and of the model's own draws, clip by clip."""
+"""Validation: the likelihood of speech that was held out and of own draws, and what makes it up."""
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from waveflow.audio.dequantise import dequantise
-from waveflow.data.cache import TrainingCache
+from waveflow.bijections import Inverse
+from waveflow.bijections.base import Bijection
+from waveflow.data.cache import TrainingCache, given_or_computed
 from waveflow.flow import Flow
-from waveflow.training.diagnostics import (
-    N_MOMENTS,
-    LatentStatistics,
-    latent_statistics,
-    learned_steps,
-    power_sums,
-    record_step_log_dets,
-)
 from waveflow.training.distributed import all_sum, rank, world_size
+
+N_MOMENTS = 4
+
+
+class LatentStatistics(NamedTuple):
+    """Statistics of all values of z. Those of N(0, 1) are 0, 1 and 3.
+
+    With a standard deviation other than 1 a scale alone would raise the likelihood; this happens
+    on speech unlike that of the training. A kurtosis above 3 means that some values are still
+    wider than others, or have heavy tails: the flow has not explained them.
+    """
+
+    mean: float
+    standard_deviation: float
+    kurtosis: float
 
 
 class Validation(NamedTuple):
-    """What a validation finds. Likelihoods are nats per audio sample.
+    """The result of a validation. Likelihoods are in nats per audio sample.
 
     Attributes:
         log_likelihood: mean over all validation audio.
-        interval: half the width of its 95 % confidence interval over clips, for other clips of
-            the same kind; None with one clip. It says nothing of two models on the same clips,
-            whose difference is far better known.
-        draw_log_likelihood: of a draw at sigma 1 for each clip; equal to `log_likelihood` for a
-            model whose draws are distributed as speech is.
-        latent: statistics of the speech's z.
-        log_dets: by step, its share of the speech's log-likelihood, nats per audio sample.
+        interval: half the width of its 95 % confidence interval for other clips of the same kind;
+            None with one clip. It does not tell two models apart: on the same clips their
+            difference is known far better.
+        draw_log_likelihood: of a draw at sigma 1 for each clip. It equals `log_likelihood` if
+            draws have the distribution of speech.
+        latent: statistics of the z of speech.
+        log_dets: by step, its part of the log-likelihood of speech, nats per audio sample.
         speech, example: the first clip and its draw, (T,).
     """
 
@@ -44,21 +56,32 @@ class Validation(NamedTuple):
     example: Tensor
 
 
-def validate(flow: Flow, cache: TrainingCache, mel: nn.Module, device: torch.device) -> Validation:
+def validate(
+    flow: Flow,
+    cache: TrainingCache,
+    spectrogram: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> Validation:
     """log p of every validation clip, dequantised with a fixed seed, and of a draw at sigma 1."""
-    scores, speech, draw = score_clips(flow, cache, mel, device)
+    scores, speech, draw = score_clips(flow, cache, spectrogram, device)
     return summarise(scores, flow, speech, draw)
 
 
 @torch.inference_mode()
 def score_clips(
-    flow: Flow, cache: TrainingCache, mel: nn.Module, device: torch.device
+    flow: Flow,
+    cache: TrainingCache,
+    spectrogram: Callable[[Tensor], Tensor],
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums that a validation is made of, (clips, columns) float64, on the CPU.
+    """The sums that make up a validation, (clips, columns) float64, on the CPU.
 
     The columns are audio samples, log p of speech, log p of the draw, the power sums of z and
-    the log-determinant of every step. Each process fills the rows of its own clips; rows of
-    zeros add nothing, so the sum of the tables is the table of one process, exactly.
+    the log-determinant of every step. Each process fills the rows of its own clips and leaves
+    zeros in the others. So the sum of the tables is exactly the table of one process.
+
+    Args:
+        spectrogram: makes the mel of audio, for a cache without mels.
 
     Returns:
         The table of all processes, then the first clip (T,) and its draw (T,), in rank 0.
@@ -67,18 +90,13 @@ def score_clips(
     shape = len(cache.clips("val")), 3 + N_MOMENTS + len(steps)
     scores = torch.zeros(shape, dtype=torch.float64)
     example = torch.zeros(2, 0)
-    for index, (clip, samples, _) in enumerate(cache.val_clips()):
+    for index, (clip, samples, given) in enumerate(cache.val_clips()):
         if index % world_size() != rank():
             continue
         length = clip.frames * cache.hop_length
-        audio = dequantise(torch.from_numpy(samples), index)[:length].to(device)
-        given = cache.mel(clip)
-        if given is None:
-            frames = mel(audio[None])[..., : clip.frames]
-        else:
-            frames = torch.from_numpy(given.T[None].copy()).to(device)
-        cond = flow.condition(frames)
-        cond = cond.crop(length // flow.channels)
+        audio = dequantise(samples, index)[:length].to(device)
+        mel = given_or_computed(given, audio, spectrogram)[:, : clip.frames]
+        cond = flow.condition(mel[None]).crop(length // flow.channels)
         with record_step_log_dets(steps) as log_dets:
             log_prob, z = flow.log_prob(audio[None], cond)
         draw, _ = flow.bijection.inverse(flow.noise(clip.frames, [0]).to(device), cond)
@@ -95,7 +113,7 @@ def score_clips(
 
 
 def summarise(scores: Tensor, flow: Flow, speech: Tensor, draw: Tensor) -> Validation:
-    """The Validation of a table of `score_clips`, of all clips, and of an example (T,) twice."""
+    """The Validation of a table of `score_clips` for all clips, and of an example (T,) twice."""
     n_samples = scores[:, 0].sum().item()
     totals = scores.sum(0)
     means = (totals / n_samples).tolist()
@@ -110,10 +128,73 @@ def summarise(scores: Tensor, flow: Flow, speech: Tensor, draw: Tensor) -> Valid
     )
 
 
+def power_sums(z: Tensor) -> Tensor:
+    """The sums of z, z^2, z^3 and z^4 over all values, (4,) float64."""
+    z = z.double()
+    return torch.stack([z.pow(k).sum() for k in range(1, N_MOMENTS + 1)])
+
+
+def latent_statistics(sums: Tensor, n_values: float) -> LatentStatistics:
+    """Statistics of `n_values` values from their `power_sums` (4,), which add up over tensors.
+
+    Central moments are polynomials of the raw ones. This loses no digits here, because the sums
+    are float64 and z is of order one.
+    """
+    mean, square, cube, fourth = (sums / n_values).tolist()
+    variance = square - mean**2
+    centred = fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4
+    kurtosis = centred / variance**2 if variance > 0 else math.nan
+    return LatentStatistics(mean, math.sqrt(max(variance, 0.0)), kurtosis)
+
+
+def learned_steps(bijection: Bijection) -> dict[str, Bijection]:
+    """The innermost steps that have weights, in the order of the flow, by name.
+
+    A name is a number and the type: "03_coupling".
+    """
+    steps: list[Bijection] = []
+
+    def visit(module: nn.Module) -> None:
+        # An Inverse runs its inner step backwards; only its own result has the sign of the path.
+        innermost = isinstance(module, Inverse) or not any(
+            isinstance(part, Bijection) for part in list(module.modules())[1:]
+        )
+        if isinstance(module, Bijection) and innermost:
+            if next(module.parameters(), None) is not None:
+                steps.append(module)
+        else:
+            for child in module.children():
+                visit(child)
+
+    visit(bijection)
+    return {f"{i:02d}_{type(step).__name__.lower()}": step for i, step in enumerate(steps, 1)}
+
+
+@contextmanager
+def record_step_log_dets(steps: dict[str, Bijection]) -> Iterator[dict[str, Tensor]]:
+    """Collects, while it is open, the log-determinant (B,) of each step's forward pass."""
+    log_dets: dict[str, Tensor] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: Bijection, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+            log_dets[name] = output[1].detach()
+
+        return hook
+
+    handles = [step.register_forward_hook(record(name)) for name, step in steps.items()]
+    try:
+        yield log_dets
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _interval(sums: Tensor, weights: Tensor) -> float | None:
     """Half a 95 % interval of sum(sums) / sum(weights) over clips (ratio estimator).
 
-    (Cochran 1977, chapter 6.) Clips of one length give the ordinary interval of a mean.
+    For clips of one length it is the ordinary interval of a mean.
+
+    Reference: Cochran 1977, chapter 6.
     """
     n_clips = len(sums)
     if n_clips < 2:
@@ -124,9 +205,11 @@ def _interval(sums: Tensor, weights: Tensor) -> float | None:
 
 
 def _student_95(degrees: int) -> float:
-    """The 97.5 % point of Student's t, by its expansion (Abramowitz, Stegun 1964, 26.7.5).
+    """The 97.5 % point of Student's t, by an expansion.
 
     Within 0.1 % from 5 degrees of freedom on, 1 % at 3.
+
+    Reference: Abramowitz, Stegun 1964, 26.7.5.
     """
     z = NormalDist().inv_cdf(0.975)
     terms = (

@@ -1,0 +1,362 @@
+"""The training loop: step, log, validate, save, resume.
+
+The random numbers of a step come from generators that are seeded by (seed, step). So a run that
+resumes continues bit for bit on a CPU, and no generator has to be saved.
+
+Several processes (`distributed`) share each batch. The batch, its noise and the counts that a
+loss divides by are those of the whole batch, so the number of processes changes a run by rounding
+alone. The processes take every decision together, on sums over all of them; rank 0 writes.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from waveflow.audio.mel import MelSpectrogram
+from waveflow.checkpoint import Provenance, load_weights
+from waveflow.data.cache import TrainingCache
+from waveflow.data.segments import Prefetch, SegmentSampler
+from waveflow.errors import DataError
+from waveflow.models.registry import build_flow
+from waveflow.objective import Batch, Phase
+from waveflow.training.config import Recipe
+from waveflow.training.distributed import (
+    all_sum,
+    in_any,
+    is_main,
+    on_main,
+    own_share,
+    sum_gradients,
+)
+from waveflow.training.log import MetricsLog
+from waveflow.training.machine import choose_recompute, compile_networks
+from waveflow.training.objectives import phases
+from waveflow.training.optimizer import learning_rate, make_optimizer, update_average
+from waveflow.training.run_folder import (
+    RunFolder,
+    Saved,
+    checkpoint_name,
+    load_training_tensors,
+    training_tensors,
+    writing,
+)
+from waveflow.training.validation import validate
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY = 20
+
+
+class Progress(NamedTuple):
+    """The report of a step.
+
+    Attributes:
+        step: steps done.
+        values: by name, the terms that this step trained and the norm of the gradient.
+        audio_seconds_per_second: audio trained on for each second of the clock.
+        minutes_left: an estimate.
+    """
+
+    step: int
+    values: dict[str, float]
+    audio_seconds_per_second: float
+    minutes_left: float
+
+
+class Trainer:
+    """A run in a folder: `Trainer(...).run()`.
+
+    Args:
+        recipe: decides everything about the run.
+        cache: training data, at the recipe's mel settings.
+        out: the run's folder (`run_folder`).
+        device: of the training.
+        init: the folder of trained weights and the weights, to start from them. The model's own
+            first phases then count as done.
+        resume: continue the run in `out` from its newest whole checkpoint. A run that was killed
+            before its first checkpoint starts anew.
+        data: the data in words, for the checkpoints' provenance.
+
+    Raises:
+        ConfigError: the recipe cannot be trained, or is not that of the run to resume.
+        CheckpointError: no checkpoint of the run to resume can be used.
+        DataError: the cache does not fit, or has no clips for training or for validation.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        cache: TrainingCache,
+        out: Path,
+        device: str = "cpu",
+        init: tuple[Path, dict[str, Tensor]] | None = None,
+        resume: bool = False,
+        data: str = "",
+    ) -> None:
+        config = recipe.train
+        if not cache.clips("val"):
+            raise DataError(f"{cache.folder} has no validation clips: keep some in val.txt")
+        torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.recipe, self.cache, self.device = recipe, cache, torch.device(device)
+        self.folder = RunFolder(out, recipe, cache)
+        self.flow = build_flow(recipe.model, recipe.mel).to(self.device)
+        if init is not None:
+            load_weights(self.flow, init[1], init[0])
+        # The last phase has no end and trains the whole flow.
+        self.phases = phases(self.flow, recipe, self.device)
+        if init is not None:
+            self.phases = self.phases[-1:]
+        self.share = own_share(config.batch_size)
+        n_items = max(part.stop - part.start for part in self.share.split(config.accumulate))
+        self.flow.recompute = choose_recompute(self.flow, recipe, n_items, self.device)
+        if config.compile:
+            compile_networks(self.flow, self.device)
+        self.spectrogram = MelSpectrogram(recipe.mel).to(self.device)
+        self.batches = Prefetch(self._sampler().batch)
+        self.optimizer = make_optimizer(self.flow, config)
+        self.average = {name: t.detach().clone() for name, t in self.flow.state_dict().items()}
+        self.step, self.minutes, self.skipped = 0, 0.0, 0
+        self.best: float | None = None
+        self.best_name: str | None = None
+        # The likelihood before the first step of a run that starts from trained weights.
+        self.before: float | None = None
+        self.provenance = Provenance(data=data)
+        self._is_tuning = False
+        if resume and self._resume():
+            return
+        mel_range = on_main(lambda: cache.mel_range(recipe.mel))
+        self.provenance = self.provenance.model_copy(update={"mel_range": mel_range})
+        on_main(lambda: self.folder.start(self.device, data, None if init is None else init[0]))
+        if init is not None:
+            self._is_tuning = True
+            # A kill before the first step's checkpoint would lose the weights.
+            self._save()
+
+    def run(
+        self,
+        max_minutes: float = math.inf,
+        report: Callable[[Progress], None] = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Trains until `steps` are done or `max_minutes` are over, then saves.
+
+        Args:
+            report: called after each step.
+            stop: called after each step; if it returns True in any process, the run saves and ends.
+
+        Raises:
+            CheckpointError: the disk is full or cannot be written; older checkpoints are whole.
+        """
+        config, first = self.recipe.train, self.step
+        begin, minutes_before = time.monotonic(), self.minutes
+        path, mel = self.folder.path, self.recipe.mel
+        with writing(path), MetricsLog(path, first, mel) if is_main() else nullcontext() as log:
+            if self._is_tuning:
+                self._validate(log)
+                self.before = self.best
+            while self.step < config.steps and not self._out_of_patience():
+                values = self._train_step()
+                self.step += 1
+                elapsed = max(time.monotonic() - begin, 1e-9) / 60  # clocks can be coarse
+                self.minutes = minutes_before + elapsed
+                report(self._progress(values, self.step - first, elapsed, max_minutes))
+                if log is not None and self.step % LOG_EVERY == 0:
+                    log.add("train", self.step, self.minutes, values | self._pace())
+                late, stopped = in_any(elapsed >= max_minutes, stop())
+                last = late or self.step == config.steps
+                save = last or stopped or self.step % config.checkpoint_every == 0
+                due = last or self.step % config.validate_every == 0
+                if due and self.step >= self.first_steps:
+                    save = self._validate(log) or save
+                if save or self._out_of_patience():
+                    self._save()
+                if stopped:
+                    logger.info("asked to stop: saved at step %d", self.step)
+                if last or stopped:
+                    break
+        if self._out_of_patience():
+            logger.info(
+                "stopped at step %d: since %s no validation log-likelihood was above %.4f",
+                self.step,
+                self.best_name,
+                self.best,
+            )
+
+    def _train_step(self) -> dict[str, float]:
+        """Makes one optimizer step and returns its terms. Skips and counts a non-finite step."""
+        config = self.recipe.train
+        phase, begin = self._phase(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["factor"] * learning_rate(config, self.step - begin)
+        values = self._gradients(phase)
+        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), config.clip_norm)
+        values["gradient_norm"] = norm.item()
+        if all(math.isfinite(value) for value in values.values()):
+            self.optimizer.step()
+            update_average(self.average, self.flow, config.ema_decay, self.step)
+        else:
+            self.skipped += 1
+            logger.warning("step %d skipped: loss or gradient is not finite", self.step)
+        return values
+
+    def _phase(self, step: int) -> tuple[Phase, int]:
+        """The phase of a step, and the step at which it begins."""
+        begin = 0
+        for phase in self.phases[:-1]:
+            if step < begin + phase.steps:
+                return phase, begin
+            begin += int(phase.steps)
+        return self.phases[-1], begin
+
+    @property
+    def first_steps(self) -> int:
+        """Number of steps in the phases before the last one."""
+        return sum(int(phase.steps) for phase in self.phases[:-1])
+
+    def _gradients(self, phase: Phase) -> dict[str, float]:
+        """Leaves the gradients of a phase's loss of the whole batch; returns the loss's terms."""
+        batch = self._batch()
+        parts = batch.split(self.recipe.train.accumulate)
+        self.flow.train()
+        if len(parts) > 1 and self._waits_for_data():
+            # Layers that start from their first batch see all of it, not its first part.
+            self._seed_noise()
+            with torch.no_grad():
+                phase.loss(batch)
+        self.optimizer.zero_grad()
+        values: dict[str, float] = {}
+        for part in parts:
+            # Each draws the random numbers of the whole batch, and takes its own.
+            self._seed_noise()
+            loss = phase.loss(part)
+            (loss.value * part.share.weight).backward()
+            for name, term in loss.terms.items():
+                values[name] = values.get(name, 0.0) + term.item() * part.share.weight
+        sum_gradients(self.flow.parameters())
+        sums = all_sum(torch.tensor([*values.values()], dtype=torch.float64))
+        return dict(zip(values, sums.tolist(), strict=True))
+
+    def _batch(self) -> Batch:
+        """This process's items of the step, on the device."""
+        segments = self.batches.get(self.step).to(self.device)
+        return Batch(*segments.cut(self.spectrogram), self.share, self.step, all_sum)
+
+    def _waits_for_data(self) -> bool:
+        """Whether a layer (ActNorm) has yet to start from its first batch."""
+        return not all(getattr(module, "initialized", True) for module in self.flow.modules())
+
+    def _seed_noise(self) -> None:
+        torch.manual_seed(self.recipe.train.seed * 1_000_003 + self.step)
+
+    def _validate(self, log: MetricsLog | None) -> bool:
+        """Validates the averaged weights; returns whether they are the best so far."""
+        averaged = build_flow(self.recipe.model, self.recipe.mel).to(self.device)
+        averaged.load_state_dict(self.average)
+        result = validate(averaged.eval(), self.cache, self.spectrogram, self.device)
+        if log is not None:
+            log.add_validation(self.step, self.minutes, result)
+        logger.info(
+            "step %d, %.1f minutes: validation log-likelihood %.4f%s, own draws %.4f",
+            self.step,
+            self.minutes,
+            result.log_likelihood,
+            "" if result.interval is None else f" ± {result.interval:.4f}",
+            result.draw_log_likelihood,
+        )
+        self.provenance = self.provenance.model_copy(
+            update={
+                "steps": self.step,
+                "minutes": round(self.minutes, 2),
+                "log_likelihood": result.log_likelihood,
+                "draw_log_likelihood": result.draw_log_likelihood,
+            }
+        )
+        best = -math.inf if self.best is None else self.best
+        if not result.log_likelihood > best:
+            return False
+        self.best, self.best_name = result.log_likelihood, checkpoint_name(self.step)
+        return True
+
+    def _out_of_patience(self) -> bool:
+        """Whether the last `patience` validations have brought nothing better."""
+        config = self.recipe.train
+        if not config.patience or self.best_name is None:
+            return False
+        best_step = int(self.best_name.removeprefix("step-"))
+        since = self.step // config.validate_every - best_step // config.validate_every
+        return since >= config.patience
+
+    def _save(self) -> None:
+        on_main(lambda: self.folder.save(self._saved()))
+
+    def _saved(self) -> Saved:
+        state = self.folder.state(
+            step=self.step,
+            minutes=self.minutes,
+            skipped=self.skipped,
+            pitch_steps=self.first_steps,
+            best=self.best,
+            best_name=self.best_name,
+        )
+        training = training_tensors(self.flow, self.optimizer)
+        return Saved(state, self.provenance, self.average, training)
+
+    def _resume(self) -> bool:
+        """Takes up the run in the folder; returns whether there was one."""
+        if not on_main(self.folder.has_checkpoints):
+            logger.warning("%s holds no checkpoint yet: the run starts at step 0", self.folder.path)
+            return False
+        name, state = on_main(lambda: self.folder.load_newest(self._load))
+        if not is_main():
+            self._load(self.folder.read(name))
+        self.best, self.best_name = state.best, state.best_name
+        return True
+
+    def _load(self, saved: Saved) -> None:
+        """Takes up a checkpoint. Changes nothing but weights if it does not fit."""
+        source = self.folder.path / saved.state.name
+        load_weights(self.flow, saved.averaged, source)
+        load_training_tensors(self.flow, self.optimizer, saved.training, source)
+        self.average = {name: t.to(self.device) for name, t in saved.averaged.items()}
+        self.step, self.minutes = saved.state.step, saved.state.minutes
+        self.skipped, self.provenance = saved.state.skipped, saved.provenance
+        if not saved.state.pitch_steps:
+            self.phases = self.phases[-1:]
+
+    def _sampler(self) -> SegmentSampler:
+        config = self.recipe.train
+        return SegmentSampler(
+            self.cache,
+            config.segment_frames,
+            config.batch_size,
+            self.recipe.mel,
+            config.seed,
+            config.gain_range,
+            slice(self.share.start, self.share.stop),
+        )
+
+    def _pace(self) -> dict[str, float]:
+        """What the log says of a step beside its terms."""
+        _, begin = self._phase(self.step - 1)
+        return {
+            "learning_rate": learning_rate(self.recipe.train, self.step - 1 - begin),
+            "waiting_share": self.batches.waiting_share(),
+            "skipped": self.skipped,
+        }
+
+    def _progress(
+        self, values: dict[str, float], done: int, elapsed: float, max_minutes: float
+    ) -> Progress:
+        """The report after `done` steps of this call, which took `elapsed` minutes."""
+        config, mel = self.recipe.train, self.recipe.mel
+        seconds = config.batch_size * config.segment_frames * mel.hop_length / mel.sample_rate
+        left = min(elapsed / done * (config.steps - self.step), max_minutes - elapsed)
+        return Progress(self.step, values, done * seconds / (elapsed * 60), left)

@@ -1,0 +1,275 @@
+"""The loss of a run: a model's own objective, spectral energy distance and calibration."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from waveflow.audio.mel import MelConfig, MelSpectrogram
+from waveflow.audio.stft import overlap_add
+from waveflow.bijections import Condition
+from waveflow.errors import ConfigError
+from waveflow.flow import Flow, select_items
+from waveflow.objective import Batch, Loss, Phase
+from waveflow.training.config import Recipe
+
+WINDOWS = (128, 256, 512, 1024, 2048)
+LOG_FLOOR = 1e-4
+
+
+def phases(flow: Flow, recipe: Recipe, device: torch.device) -> list[Phase]:
+    """The phases of a run: the first ones of the model, then one without end for all of the flow.
+
+    Raises:
+        ConfigError: the recipe has settings for phases that this model does not have, or its
+            segments are too short.
+    """
+    config = recipe.train
+    first = flow.phases(config)
+    if not first:
+        for name in ("pitch_steps", "teacher"):
+            if value := getattr(config, name):
+                raise ConfigError(
+                    f"{name} {value}: {recipe.model.type} has no phase that uses it; leave it out"
+                )
+    segment = config.segment_frames * recipe.mel.hop_length
+    if config.energy_weight and segment < max(WINDOWS):
+        raise ConfigError(
+            f"segment_frames {config.segment_frames} are {segment} samples; the energy "
+            f"distance needs {max(WINDOWS)}: give longer segments"
+        )
+    if any(phase.steps == math.inf for phase in first):
+        return first
+    return [*first, Phase("flow", math.inf, FlowLoss(flow, recipe, device))]
+
+
+class SpectralDistance(nn.Module):
+    """d(a, b) of two batches of audio, from magnitude spectra of several windows and log-mels.
+
+    d is built from L1 norms and unsquared L2 norms. With those the energy distance below is a
+    proper scoring rule; with squares it would be a distance of means.
+
+        d = 1/9 sum_w (mean |S_w(a) - S_w(b)| / mean S_w(x)
+                       + mean over frames of rms over bins of log S_w(a) - log S_w(b))
+            + 4/3 mean |mel(a) - mel(b)|,        S_w = |STFT_w| sqrt(2 / w), hop w / 4
+    """
+
+    def __init__(self, mel: MelConfig) -> None:
+        super().__init__()
+        self.mel = MelSpectrogram(mel)
+
+    @torch.no_grad()
+    def levels(self, speech: Tensor) -> Tensor:
+        """mean S_w(x) of speech (B, T), for each window (5,)."""
+        return torch.stack([_Magnitudes.apply(speech, window).mean() for window in WINDOWS])
+
+    def energy_distance(
+        self, speech: Tensor, draws: Tensor, levels: Tensor | None = None
+    ) -> Tensor:
+        """[d(x, x') + d(x, x'') - d(x', x'')] / 2 (Gritsenko et al. 2020, equation 6).
+
+        Args:
+            speech: x (B, T).
+            draws: x' and x'' of the same mels, (2 B, T).
+            levels: `levels` of the whole step, if `speech` is a part of it.
+
+        Returns:
+            A scalar. Its expectation is least if draws have the distribution of speech.
+        """
+        both = torch.cat([speech, draws])
+        total = torch.zeros((), device=speech.device)
+        for index, window in enumerate(WINDOWS):
+            linear = _Magnitudes.apply(both, window)
+            level = linear[: len(speech)].detach().mean() if levels is None else levels[index]
+            total = total + _energy(linear / level, _l1) / 9
+            total = total + _energy(linear.clamp_min(LOG_FLOOR).log(), _frame_rms) / 9
+        return total + 4 / 3 * _energy(self.mel(both), _l1)
+
+
+class FlowLoss:
+    """The loss that trains a whole flow: the model's own terms and those of the recipe.
+
+    The model's own are `Flow.training_loss`. A recipe adds two, each from two draws of every mel
+    at sigma 1, made under the same condition as the speech:
+
+    - energy: the spectral energy distance between speech and draws.
+    - calibration: the mean over frames of relu(V(speech) - V(draw)), V the log-volume dx/dz along
+      a path (`path_volume`), in nats per audio sample. It keeps draws as likely as speech. The
+      energy distance alone sees only magnitudes, and would let the phase of draws collapse.
+
+    Args:
+        flow: the flow to train.
+        recipe: its weights of the terms and its precision.
+        device: of the training.
+    """
+
+    def __init__(self, flow: Flow, recipe: Recipe, device: torch.device) -> None:
+        self.flow = flow
+        self.config = recipe.train
+        self.spectral = SpectralDistance(recipe.mel).to(device)
+
+    def __call__(self, batch: Batch) -> Loss:
+        config, bijection = self.config, self.flow.bijection
+        autocast = torch.autocast(
+            batch.audio.device.type, torch.bfloat16, enabled=config.precision == "bf16"
+        )
+        with autocast, noted_log_derivatives(bijection) as speech_path:
+            cond = self._condition(batch)
+            own = self.flow.training_loss(batch, cond)
+        value = config.likelihood_weight * torch.stack([*own.values()]).sum()
+        # A log-likelihood is reported as such, not as a loss.
+        terms = {name: term for name, term in own.items() if name != "nll"}
+        if "nll" in own:
+            terms = {"log_likelihood": -own["nll"], **terms}
+        if not (config.energy_weight or config.calibration_weight):
+            return Loss(value, terms)
+        with autocast, noted_log_derivatives(bijection) as draw_path:
+            draws, _ = bijection.inverse(self._noise(batch), cond.repeat(2))
+        if config.energy_weight:
+            # Of a part of the step, the level to divide by is that of the whole.
+            levels = None
+            if batch.share.weight < 1:
+                levels = batch.step_mean("levels", lambda whole: self.spectral.levels(whole.audio))
+            terms["energy"] = self.spectral.energy_distance(batch.audio, draws[:, 0], levels)
+            value = value + config.energy_weight * terms["energy"]
+        if config.calibration_weight:
+            terms["calibration"] = calibration(speech_path, draw_path, batch)
+            value = value + config.calibration_weight * terms["calibration"]
+        return Loss(value, terms)
+
+    def _condition(self, batch: Batch) -> Condition:
+        state = None
+        if self.flow.training:
+            share = batch.share
+            whole = self.flow.conditioner.random_state(share.total, batch.mel.device)
+            state = select_items(whole, slice(share.start, share.stop))
+        return self.flow.condition(batch.mel, state=state)
+
+    def _noise(self, batch: Batch) -> Tensor:
+        """z ~ N(0, 1) of two draws for each item, (2 B, C, L)."""
+        n_positions = batch.audio.shape[1] // self.flow.channels
+        shape = 2, batch.share.total, n_positions, self.flow.channels
+        noise = torch.randn(shape, device=batch.audio.device)
+        return batch.share.of(noise, axis=1).flatten(0, 1).transpose(1, 2)
+
+
+def calibration(speech_path: list[Tensor], draw_path: list[Tensor], batch: Batch) -> Tensor:
+    """How much less volume two draws have than the speech, a mean over frames, a scalar.
+
+    Args:
+        speech_path: log-derivatives that `noted_log_derivatives` noted from speech to noise.
+        draw_path: those from noise to draws, two for each item.
+    """
+    if not speech_path:
+        return batch.audio.new_zeros(())  # no volume depends on the signal
+    n_frames, n_samples = batch.mel.shape[2], batch.audio.shape[1]
+    # From audio to noise the log-derivatives are those of dz/dx, hence the sign.
+    speech = -path_volume(speech_path, n_frames, n_samples)
+    draws = path_volume(draw_path, n_frames, n_samples)
+    return torch.relu(speech.repeat(2, 1) - draws).mean()
+
+
+def path_volume(terms: list[Tensor], n_frames: int, n_samples: int) -> Tensor:
+    """The sum of log-derivatives of one path, nats per audio sample, (B, frames).
+
+    Levels of a multi-scale flow have different lengths. They are pooled to frames, or to the
+    coarsest level if that is coarser than frames.
+
+    Args:
+        terms: (B, L_k), of each step.
+        n_frames: F.
+        n_samples: T, audio samples of an item.
+    """
+    n_pooled = math.gcd(n_frames, *(term.shape[1] for term in terms))
+    pooled = [term.unflatten(1, (n_pooled, -1)).sum(2) for term in terms]
+    return torch.stack(pooled).sum(0) * (n_pooled / n_samples)
+
+
+@contextmanager
+def noted_log_derivatives(bijection: nn.Module) -> Iterator[list[Tensor]]:
+    """Notes, while it is open, the log-derivatives (B, L) of every map that `bijection` calls.
+
+    A map belongs to a coupling or to another step with an attribute `map`. Its log-derivatives are
+    summed over channels and have the sign of the direction that is called. Other steps with a
+    volume (1x1 convolutions, ActNorm) are left out: their volume does not depend on the signal.
+    So it is the same along the paths of speech and of its draws, and cancels in the difference.
+    """
+    terms: list[Tensor] = []
+    modules = bijection.modules()
+    mapped = [module for module in modules if hasattr(getattr(module, "map", None), "n_params")]
+    # An entry in __dict__ hides a map that is a module, too.
+    own = [module.__dict__.get("map") for module in mapped]
+    for module in mapped:
+        module.__dict__["map"] = _NotedMap(module.map, terms)
+    try:
+        yield terms
+    finally:
+        for module, map_ in zip(mapped, own, strict=True):
+            del module.__dict__["map"]
+            if map_ is not None:
+                module.__dict__["map"] = map_
+
+
+class _NotedMap:
+    """An elementwise map that notes its log-derivatives."""
+
+    def __init__(self, map: Any, terms: list[Tensor]) -> None:
+        self.map = map
+        self.n_params = map.n_params
+        self.terms = terms
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return self._note(*self.map.forward(x, params))
+
+    def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return self._note(*self.map.inverse(z, params))
+
+    def _note(self, result: Tensor, log_derivative: Tensor) -> tuple[Tensor, Tensor]:
+        self.terms.append(log_derivative.sum(1))
+        return result, log_derivative
+
+
+class _Magnitudes(torch.autograd.Function):
+    """|STFT| sqrt(2 / w) of audio (N, T), (N, frames, bins), frames inside the signal only.
+
+    It has a backward of its own, an inverse real FFT and an overlap-add. Autograd would take a
+    full complex FFT and a scatter for each frame; the energy distance then costs 1.6 times as much.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, audio: Tensor, window: int) -> Tensor:
+        hann = torch.hann_window(window, device=audio.device) * (2 / window) ** 0.5
+        spectrum = torch.fft.rfft(audio.unfold(1, window, window // 4) * hann)
+        parts = torch.view_as_real(spectrum)
+        magnitude = (parts.square().sum(-1) + 1e-12).sqrt()
+        ctx.save_for_backward(spectrum, magnitude, hann)
+        ctx.length = audio.shape[1]
+        return magnitude
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        spectrum, magnitude, hann = ctx.saved_tensors
+        window = len(hann)
+        spectrum = spectrum * (grads[0] / magnitude)
+        # irfft counts every bin but the first and last twice, and divides by the length.
+        spectrum[..., 1:-1] *= 0.5
+        frames = torch.fft.irfft(spectrum, n=window) * (hann * window)
+        audio = overlap_add(frames, window // 4)
+        return functional.pad(audio, (0, ctx.length - audio.shape[1])), None
+
+
+def _energy(features: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    x, first, second = features.chunk(3)
+    return (distance(x, first) + distance(x, second) - distance(first, second)) / 2
+
+
+def _l1(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs().mean()
+
+
+def _frame_rms(a: Tensor, b: Tensor) -> Tensor:
+    return ((a - b).square().mean(-1) + 1e-8).sqrt().mean()

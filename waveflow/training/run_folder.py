@@ -1,0 +1,372 @@
+"""A run's folder: what is written when a run starts, its checkpoints, and how it is taken up again.
+
+A run folder holds `recipe.json` and `run.json`, written once; `metrics.csv`; checkpoints
+`step-NNNNNNNN`, each with the moments and the state that a resume needs; and `checkpoints.json`,
+which names the last checkpoint, the one before it and the best. All others are removed.
+"""
+
+import functools
+import json
+import logging
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from waveflow.checkpoint import (
+    CONFIG,
+    MANIFEST,
+    RUN_POINTER,
+    WEIGHTS,
+    ModelConfig,
+    Provenance,
+    load_weights,
+    parse_config,
+    parse_tensors,
+    read_files,
+    remove_checkpoint,
+    run_checkpoints,
+    save_checkpoint,
+)
+from waveflow.data.cache import AUDIO_FILE, MEL_FILE, TrainingCache, file_sha256
+from waveflow.errors import CheckpointError, ConfigError
+from waveflow.files import atomic_path
+from waveflow.flow import Flow
+from waveflow.models.registry import first_problem
+from waveflow.training.config import Recipe
+
+logger = logging.getLogger(__name__)
+
+RECIPE, RUN_RECORD = "recipe.json", "run.json"
+TRAINING, STATE = "training.safetensors", "state.json"
+
+
+class RunState(BaseModel):
+    """state.json: where a run stands, beside its weights and moments.
+
+    Attributes:
+        step: steps done.
+        minutes: of training.
+        skipped: steps whose loss or gradient was not finite.
+        pitch_steps: steps of the model's own first phases; 0 if the run started from weights.
+        best: highest validation log-likelihood.
+        best_name: the checkpoint that has it.
+        audio_sha256, mel_sha256: hashes of the data; the latter if mels were given.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    minutes: float
+    skipped: int
+    pitch_steps: int
+    best: float | None
+    best_name: str | None
+    audio_sha256: str
+    mel_sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the checkpoint of this step."""
+        return checkpoint_name(self.step)
+
+
+class Saved(NamedTuple):
+    """A checkpoint of a run.
+
+    Attributes:
+        state: where the run stands.
+        provenance: of the weights.
+        averaged: the running mean of the weights.
+        training: raw weights and moments, by name (`training_tensors`).
+    """
+
+    state: RunState
+    provenance: Provenance
+    averaged: dict[str, Tensor]
+    training: dict[str, Tensor]
+
+
+class RunFolder:
+    """Writes and reads the folder of a run. Only rank 0 may write.
+
+    Args:
+        path: of the folder.
+        recipe: the run's recipe.
+        cache: the run's data.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, cache: TrainingCache) -> None:
+        self.path, self.recipe, self.cache = path, recipe, cache
+
+    def start(self, device: torch.device, data: str, init: Path | None) -> None:
+        """Makes the folder with its recipe and the record of the run.
+
+        Args:
+            device: of the training.
+            data: the data in words.
+            init: folder of the weights that the run starts from.
+
+        Raises:
+            ConfigError: the folder holds a run or cannot be written.
+        """
+        if self.has_checkpoints():
+            raise ConfigError(f"{self.path} holds a run: use --resume or name another folder")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_text(self.path / RECIPE, self.recipe.model_dump_json(indent=1) + "\n")
+            record = run_record(self.recipe, self.cache, device, data, init)
+            _write_text(self.path / RUN_RECORD, record)
+        except OSError as error:
+            raise ConfigError(f"cannot write the run {self.path}: {error.strerror}") from error
+
+    def has_checkpoints(self) -> bool:
+        """Whether the folder holds a run that can be resumed."""
+        return bool(run_checkpoints(self.path))
+
+    def state(self, **fields: Any) -> RunState:
+        """A state with these fields and the hashes of the run's data."""
+        audio_sha256, mel_sha256 = self._data_hashes()
+        return RunState(**fields, audio_sha256=audio_sha256, mel_sha256=mel_sha256)
+
+    def save(self, saved: Saved) -> None:
+        """Writes a checkpoint, then points to it, then removes older ones.
+
+        A kill at any moment leaves the older checkpoints or the new one whole.
+        """
+        config = ModelConfig(
+            model=self.recipe.model,
+            mel=self.recipe.mel,
+            synthesis=self.recipe.synthesis,
+            provenance=saved.provenance,
+        )
+        tensors = {name: t.cpu().contiguous() for name, t in saved.training.items()}
+        extra = {
+            TRAINING: save_safetensors(tensors),
+            STATE: (saved.state.model_dump_json(indent=1) + "\n").encode(),
+        }
+        save_checkpoint(self.path / saved.state.name, config, saved.averaged, extra)
+        keep = self._point(saved.state)
+        with writing(self.path):
+            self._clean(saved.state.name, keep)
+
+    def load_newest(self, load: Callable[[Saved], None]) -> tuple[str, RunState]:
+        """Loads the newest whole checkpoint; returns its name and state.
+
+        The state names no best checkpoint if that one is damaged.
+
+        Args:
+            load: takes up a checkpoint. If it raises CheckpointError, the next older one is tried.
+
+        Raises:
+            CheckpointError: no checkpoint can be used.
+            ConfigError: the recipe or the data are not those of the run.
+        """
+        self._check_recipe()
+        errors = []
+        for folder in run_checkpoints(self.path):
+            try:
+                saved = self.read(folder.name)
+                load(saved)
+            except CheckpointError as error:
+                errors.append(error)
+                logger.warning("%s", error)
+                continue
+            if errors:
+                logger.warning("going on from %s, the newest that is whole", folder)
+            state = self._without_damaged_best(saved.state)
+            # A kill between a checkpoint and its pointer leaves an older pointer.
+            self._point(state)
+            return folder.name, state
+        raise CheckpointError(
+            f"no checkpoint in {self.path} can be resumed; the newest: {errors[0]}"
+        )
+
+    def read(self, name: str) -> Saved:
+        """Reads a checkpoint of this run.
+
+        Raises:
+            CheckpointError: it is damaged, or not of the recipe's model.
+            ConfigError: the run was trained on other data.
+        """
+        folder = self.path / name
+        files = read_files(folder)
+        if TRAINING not in files or STATE not in files:
+            raise CheckpointError(f"{folder} holds no {TRAINING} and {STATE}: cannot resume")
+        try:
+            state = RunState.model_validate_json(files[STATE])
+        except ValidationError as error:
+            raise CheckpointError(f"{folder / STATE}: {first_problem(error)}") from error
+        if (state.audio_sha256, state.mel_sha256) != self._data_hashes():
+            raise ConfigError(f"{self.cache.folder} is not the data of the run in {self.path}")
+        config = parse_config(files[CONFIG], folder / CONFIG)
+        if (config.model, config.mel) != (self.recipe.model, self.recipe.mel):
+            raise CheckpointError(f"{folder / CONFIG} is not the model of the run's recipe")
+        averaged = parse_tensors(files[WEIGHTS], folder / WEIGHTS)
+        training = parse_tensors(files[TRAINING], folder / TRAINING)
+        return Saved(state, config.provenance, averaged, training)
+
+    def _data_hashes(self) -> tuple[str, str | None]:
+        """The hashes of the audio and of the given mels, None without mels."""
+        hashes = self.cache.manifest.sha256
+        return hashes[AUDIO_FILE], hashes.get(MEL_FILE)
+
+    def _check_recipe(self) -> None:
+        stored = self.path / RECIPE
+        try:
+            recipe = Recipe.model_validate_json(stored.read_bytes())
+        except (OSError, ValidationError):
+            recipe = None
+        if recipe is None or _endless(recipe) != _endless(self.recipe):
+            raise ConfigError(f"{stored} is not this recipe: resume with the recipe of the run")
+
+    def _without_damaged_best(self, state: RunState) -> RunState:
+        if state.best_name in (None, state.name):
+            return state
+        try:
+            read_files(self.path / str(state.best_name))
+        except CheckpointError as error:
+            logger.warning("%s: the next validation makes a new best checkpoint", error)
+            return state.model_copy(update={"best": None, "best_name": None})
+        return state
+
+    def _point(self, state: RunState) -> set[str]:
+        """Writes the names of the last, the previous and the best checkpoint; returns them."""
+        older = [f.name for f in run_checkpoints(self.path) if f.name < state.name]
+        pointer = {
+            "last": state.name,
+            "previous": older[0] if older else state.name,
+            "best": state.best_name or state.name,
+        }
+        with writing(self.path):
+            _write_text(self.path / RUN_POINTER, json.dumps(pointer, indent=1) + "\n")
+        return set(pointer.values())
+
+    def _clean(self, name: str, keep: set[str]) -> None:
+        """Removes checkpoints before `name`, and what a kill in the middle of a save left."""
+        for folder in run_checkpoints(self.path):
+            # Later ones stay: a newer waveflow may be able to read them.
+            if folder.name < name and folder.name not in keep:
+                remove_checkpoint(folder)
+        for folder in self.path.glob(".step-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in self.path.glob(".*.tmp.json"):
+            file.unlink(missing_ok=True)
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of a step's checkpoint; names sort by step."""
+    return f"step-{step:08d}"
+
+
+def training_tensors(flow: Flow, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Raw weights ("raw.NAME") and moments ("optimizer.KEY.NAME") by name."""
+    tensors = {f"raw.{name}": tensor for name, tensor in flow.state_dict().items()}
+    for name, parameter in flow.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+    return tensors
+
+
+def load_training_tensors(
+    flow: Flow, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], source: Path
+) -> None:
+    """Takes up `training_tensors`.
+
+    Raises:
+        CheckpointError: they do not fit the flow; moments are then as before.
+    """
+    raw = {k.removeprefix("raw."): v for k, v in tensors.items() if k.startswith("raw.")}
+    load_weights(flow, raw, source)
+    for name, parameter in flow.named_parameters():
+        moments: dict[str, Any] = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors.get(f"optimizer.{key}.{name}")
+            if value is not None:
+                moments[key] = value.to(parameter.device)
+        if moments:
+            optimizer.state[parameter] = moments
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns OSError into a one-line CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"cannot write to the run {folder}: {reason}") from error
+
+
+def run_record(
+    recipe: Recipe, cache: TrainingCache, device: torch.device, data: str, init: Path | None
+) -> str:
+    """run.json: a record that lets a run be repeated.
+
+    It holds the recipe with all its defaults, the command line, the versions of all installed
+    packages, the machine, and the manifest of the data with its hashes. `waveflow train
+    RUN/recipe.json` with a cache of the same hashes repeats the run, bit for bit if versions and
+    CPU are the same.
+    """
+    record = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "recipe": recipe.model_dump(mode="json"),
+        "init": None if init is None else _initial_weights(init),
+        "data": {
+            "description": data,
+            "folder": str(cache.folder.resolve()),
+            "manifest": cache.manifest.model_dump(mode="json"),
+        },
+        "platform": _platform(device),
+        "packages": _packages(),
+    }
+    return json.dumps(record, indent=1) + "\n"
+
+
+@functools.cache
+def _packages() -> dict[str, str]:
+    """The version of every installed package."""
+    metadata = [distribution.metadata for distribution in distributions()]
+    return dict(sorted((m["Name"], m["Version"]) for m in metadata if m["Name"]))
+
+
+def _initial_weights(folder: Path) -> dict[str, str]:
+    """The folder and the hash of its manifest, which holds the hashes of all its files."""
+    manifest = folder / MANIFEST
+    return {
+        "folder": str(folder.resolve()),
+        "manifest_sha256": file_sha256(manifest) if manifest.is_file() else "",
+    }
+
+
+def _platform(device: torch.device) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _endless(recipe: Recipe) -> Recipe:
+    """The recipe without its end, which a resume may change."""
+    train = recipe.train.model_copy(update={"steps": 1, "patience": 0})
+    return recipe.model_copy(update={"train": train})
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
