@@ -65,7 +65,8 @@ class Batch:
         for share in self.share.split(n_parts):
             items = slice(share.start - self.share.start, share.stop - self.share.start)
             audio, mel, f0 = self.audio[items], self.mel[items], self.f0[items]
-            parts.append(replace(self, audio=audio, mel=mel, f0=f0, share=share, _own=self._own or self))
+            part = replace(self, audio=audio, mel=mel, f0=f0, share=share, _own=self._own or self)
+            parts.append(part)
         return parts
 
     def step_mean(self, name: str, statistic: Callable[["Batch"], Tensor]) -> Tensor:
