@@ -135,7 +135,7 @@ def open_audio(
 
     Example:
         >>> with open_audio("out.wav", 22050) as write:
-        ...     for piece in pieces:
+        ...     for piece in np.zeros((3, 256)):
         ...         write(piece)
     """
     path = Path(path)

@@ -26,7 +26,7 @@ class MelRefinement(ExactBuffers):
     quicker from a good start in few steps, and diverge from a bad one. No parameters, no gradient.
 
     Example:
-        >>> refine = MelRefinement(MEL_PRESETS["hifigan"])
+        >>> refine = MelRefinement(MelConfig(sample_rate=22050))
         >>> refine(torch.randn(1, 2560), torch.full((1, 80, 10), -5.0), steps=4).shape
         torch.Size([1, 2560])
     """

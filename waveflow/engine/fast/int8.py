@@ -87,7 +87,8 @@ def int8_decoder(flow: Flow, calibration_mel: Tensor) -> Int8Decoder:
         ConfigError: OpenVINO is not installed, or the flow has no network that runs in int8.
 
     Example:
-        >>> decode = int8_decoder(vocoder.flow, vocoder.mel(recording))
+        >>> vocoder = waveflow.load()
+        >>> decode = int8_decoder(vocoder.flow, vocoder.example_mel())
         >>> decode(vocoder.flow.noise(3, seeds=[0]), torch.zeros(1, 80, 3)).shape
         torch.Size([1, 768])
     """
