@@ -1,6 +1,6 @@
-"""What a user can get wrong, as exceptions of one line each.
+"""Mistakes of a user, as exceptions of one line each.
 
-Every message names the thing, the value that was given and what to do about it.
+Every message names the thing, the value and the remedy.
 The command line prints the message and exits with status 2.
 """
 

@@ -11,8 +11,8 @@ from pathlib import Path
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path beside `path` that replaces it on success and vanishes on failure.
 
-    Whoever reads `path` sees the old file or the whole new one, never a part, also after a crash
-    of the machine: the file is on the disk before it gets its name.
+    A reader of `path` sees the old file or the whole new one, never a part, even after a crash of
+    the machine: the file is on the disk before it gets its name.
 
     Example:
         >>> with atomic_path("out.txt") as temporary:  # doctest: +SKIP

@@ -13,8 +13,8 @@ from waveflow.distributions import draw_noise, standard_normal_log_prob
 from waveflow.errors import ConfigError
 from waveflow.objective import Batch, Phase
 
-# What a stream carries from a window to the next: None, a tensor with the batch first, or a tuple
-# of them. Only the conditioner that made it looks inside.
+# Carried by a stream from a window to the next: None, a tensor with the batch first, or a tuple of
+# them. Only the conditioner that made it looks inside.
 State = Any
 
 
@@ -216,7 +216,7 @@ class Flow(nn.Module):
     def noise(self, n_frames: int, seeds: Sequence[int], first_frame: int = 0) -> Tensor:
         """z ~ N(0, 1) of an utterance from a frame on, (B, C, L).
 
-        The same for an item wherever, and in whatever pieces, it is drawn.
+        An item gets the same noise in any batch and in any pieces.
         """
         samples = draw_noise(n_frames, self.hop_length, seeds, first_frame)
         return samples.reshape(len(seeds), -1, self.channels).transpose(1, 2)

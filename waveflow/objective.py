@@ -1,4 +1,4 @@
-"""What a model and its training agree on: the batch of a step, and phases with a loss each."""
+"""The interface of a model and its training: the batch of a step, and phases with a loss each."""
 
 import itertools
 from collections.abc import Callable
@@ -84,7 +84,7 @@ class Batch:
 
 
 class Loss(NamedTuple):
-    """What a step minimises, and what it reports.
+    """The loss of a step, and the terms that it reports.
 
     Attributes:
         value: a scalar, a mean over the items of the batch.

@@ -9,10 +9,10 @@ _FEWEST_FRAMES = 24
 
 
 def describe_foreign_mel(mel: np.ndarray, low: np.ndarray, high: np.ndarray) -> str | None:
-    """Says what a mel looks like if its values cannot be natural logarithms of magnitudes.
+    """Names the convention of a mel whose values cannot be natural logarithms of magnitudes.
 
     Meant for a warning: it sees values, not history. A plausible mel may still be wrong (other band
-    edges), what is too short to tell passes, and a clip that drowns in noise may be named wrongly.
+    edges). A mel that is too short passes. A clip that drowns in noise may be named wrongly.
     Thresholds were checked on five voices, pieces of 3 frames to whole clips, gains 0.1 to 4.
 
     Args:

@@ -33,7 +33,7 @@ class Denoiser:
     Reference:
         Boll, Suppression of Acoustic Noise in Speech Using Spectral Subtraction, 1979 (mean
         magnitude of the noise, half-wave rectification); NVIDIA/waveglow, denoiser.py (n_fft 1024;
-        the bias is what a vocoder says by itself).
+        the bias is the hum of a vocoder).
 
     Example:
         >>> denoiser = Denoiser.of_noise(0.01 * torch.randn(22050), n_fft=1024)
@@ -56,7 +56,7 @@ class Denoiser:
     def of_model(
         cls, synthesise: Callable[[Tensor], Tensor], config: MelConfig, bias: Bias
     ) -> "Denoiser":
-        """A denoiser for what a vocoder says where it has nothing to say.
+        """A denoiser for the hum of a vocoder, heard where the mel asks for silence.
 
         Args:
             synthesise: mel (1, M, F) to audio (1, F hop_length), without noise (sigma 0).
@@ -115,8 +115,8 @@ class Denoiser:
         batch = _checked(audio)
         threshold = strength * self.bias.to(batch)
         denoised = torch.empty_like(batch)
-        # A sample lies in frames that begin and end less than n_fft from it: a block that sees as
-        # much of its neighbours is what it would be in the whole.
+        # A sample lies in frames that begin and end less than n_fft from it. So a block with that
+        # much of its neighbours gives the samples of the whole.
         reach = -(-self.n_fft // self.hop_length) * self.hop_length
         size = _BLOCK_FRAMES * self.hop_length
         for start in range(0, batch.shape[1], size):

@@ -13,7 +13,7 @@ import soundfile
 from waveflow.errors import AudioError, DataError, MelMismatchError, WaveflowError
 from waveflow.files import atomic_path
 
-# What libsndfile reads and people keep speech in.
+# Formats that libsndfile reads and people keep speech in.
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
 MEL_SUFFIXES = (".npy", ".npz", ".pt")
 
@@ -34,11 +34,11 @@ def list_inputs(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> list
 
 
 def list_names(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> list[str]:
-    """The names alone of `list_inputs`, of which a folder may hold millions."""
+    """The names of `list_inputs`, without paths: a folder may hold millions."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
-    with os.scandir(folder) as entries:  # which knows the files without asking for each
+    with os.scandir(folder) as entries:  # one system call for many files
         found = sorted(
             entry.name
             for entry in entries
@@ -61,8 +61,8 @@ def read_audio(
         sample_rate: Rate wanted in Hz, resampled to if the file's is another; None keeps it.
 
     Returns:
-        Audio (T,) float32, in [-1, 1] unless the file holds floats beyond; its rate in Hz; and what
-        was changed on the way, in words ("2 channels mixed down to one").
+        Audio (T,) float32, in [-1, 1] unless the file holds floats beyond; its rate in Hz; and
+        the changes on the way, in words ("2 channels mixed down to one").
 
     Raises:
         AudioError: If the file is missing, no audio, shorter than two samples, or not finite.
@@ -71,7 +71,7 @@ def read_audio(
     try:
         channels, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        # TypeError: headerless formats, whose rate and type only the caller could know.
+        # TypeError: formats without a header, which do not say their rate and type.
         reason = getattr(error, "error_string", error)
         raise AudioError(f"{path} is not an audio file that can be read: {reason}") from error
     if channels.shape[0] == 0:
@@ -218,7 +218,7 @@ def read_mels(stream: BinaryIO) -> Iterator[np.ndarray]:
 
 
 class _Unread:
-    """A stream of which the first bytes have been read; only `read`, so that numpy never seeks."""
+    """A stream whose first bytes have been read. It has `read` alone, so that numpy never seeks."""
 
     def __init__(self, first: bytes, stream: BinaryIO) -> None:
         self._first = first
@@ -269,7 +269,7 @@ def _existing_file(path: str | os.PathLike[str], error: type[WaveflowError]) -> 
 
 @contextmanager
 def _writing(path: Path, error: type[WaveflowError]) -> Iterator[Path]:
-    """`atomic_path` whose failures are one line for the user."""
+    """`atomic_path`, with its failures as one line for the user."""
     if path.is_dir():
         raise error(f"cannot write {path}: it is a folder")
     if not path.parent.is_dir():
@@ -307,7 +307,7 @@ def _load_tensor(path: Path) -> np.ndarray:
 
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has no common class for what a damaged file raises
+    except Exception as error:  # torch has no common class for errors of damaged files
         raise MelMismatchError(f"{path} is damaged or not a file with a plain tensor") from error
     if not isinstance(loaded, torch.Tensor):
         raise MelMismatchError(f"{path} holds a {type(loaded).__name__}; expected one tensor")

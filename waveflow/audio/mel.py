@@ -80,7 +80,7 @@ class MelConfig(BaseModel):
 
     @property
     def margin_frames(self) -> int:
-        """Frames at each side of a cut, made at a whole hop, that depend on what was cut off."""
+        """Frames at each side of a cut, made at a whole hop, that depend on the part cut off."""
         edge = edge_padding(self.n_fft, self.hop_length, self.padding)
         left = (self.n_fft - self.win_length) // 2 - edge
         last = 0 if self.padding == "center" else -self.hop_length

@@ -94,25 +94,25 @@ class MelRefinement(ExactBuffers):
             refined = items.trim(audio)
             previous = refined
             for _ in range(steps):
-                # What is extrapolated is the start of a step, never what is returned.
+                # Only the start of a step is extrapolated, never the result.
                 start = torch.lerp(previous, refined, 1.0 + self.momentum)
                 previous = refined
                 refined = start + self._correction(items, start, target)
         return refined
 
     def _correction(self, items: "_Items", audio: Tensor, target: Tensor) -> Tensor:
-        """What one step adds: the least-squares inverse STFT of (gain - 1) . STFT."""
+        """The change of one step: the least-squares inverse STFT of (gain - 1) . STFT."""
         config = self.spectrogram.config
         spectrum = torch.fft.rfft(items.frames(audio))
         mel = self.spectrogram.of_spectrum(spectrum).clamp_min_(config.log_floor).log_()
         log_gain = (target - mel).mul_(self.power / config.power) @ self.exact("shares", audio)
-        # gain - 1, so that what is outside every band is left alone to the bit.
+        # gain - 1, so that bins outside every band do not change by a bit.
         spectrum *= log_gain.clamp_(-MAX_LOG_GAIN, MAX_LOG_GAIN).expm1_()
         return items.combine(torch.fft.irfft(spectrum, config.n_fft))
 
 
 class _Items:
-    """Framing of a batch whose items may end before the batch does, and its inverse."""
+    """Frames a batch, in which items may end early, and adds the frames up again."""
 
     def __init__(
         self, config: MelConfig, window: Tensor, audio: Tensor, lengths: Tensor | None
@@ -134,7 +134,7 @@ class _Items:
         self.coverage = self._overlap_add(weights).clamp_min(MIN_COVERAGE * usual)
 
     def _mirror(self, n_samples: Tensor) -> None:
-        """Where each sample of the padded batch comes from, given each item's samples (B, 1)."""
+        """Finds the source of each sample of the padded batch, given each item's samples (B, 1)."""
         edge = self.edge
         position = torch.arange(-edge, self.n_samples + edge, device=n_samples.device)
         self.inside = (position >= 0) & (position < n_samples)

@@ -84,7 +84,7 @@ def stft(
         hop_length: Samples between frames.
         window: (n_fft,), see `hann_window`.
         padding: Framing, see the module's docstring.
-        pad_mode: What the added samples are; zeros in any case where T is too short to reflect.
+        pad_mode: Kind of the added samples; they are zeros where T is too short to reflect.
 
     Returns:
         (B, F, n_fft // 2 + 1), complex.
@@ -110,7 +110,7 @@ def istft(
         window: As in `stft`.
         padding: As in `stft`.
         length: Samples wanted; by default as many whole hops as have given these frames,
-            (F - 1) * hop when centred and F * hop else. What no frame covers is zero.
+            (F - 1) * hop when centred and F * hop else. Samples that no frame covers are zero.
 
     Returns:
         (B, length), real.

@@ -20,7 +20,7 @@ _NEGLIGIBLE = 1e-10
 
 
 class BijectionReport(NamedTuple):
-    """What `check_bijection` measured, all in float64.
+    """Measurements of `check_bijection`, all in float64.
 
     Attributes:
         round_trip: largest |inverse(forward(x)) - x|, over valid positions.
@@ -106,10 +106,10 @@ def check_bijection(
 
 
 class _Dependence:
-    """What the valid positions of an item's result depend on: its Jacobians.
+    """The Jacobians of an item's valid results.
 
     Raises:
-        ContractError: on another item, or on padding.
+        ContractError: the result depends on another item, or on padding.
     """
 
     def __init__(

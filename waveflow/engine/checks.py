@@ -1,4 +1,4 @@
-"""What a vocoder is given, checked once and turned into tensors on its device."""
+"""Checks a vocoder's inputs, once, and turns them into tensors on its device."""
 
 from collections.abc import Sequence
 
@@ -77,6 +77,6 @@ def checked_audio(audio: Tensor | np.ndarray, device: torch.device) -> Tensor:
 def _as_tensor(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
     if isinstance(values, np.ndarray):
         # A copy: torch takes no reversed, byte-swapped or read-only arrays.
-        with np.errstate(over="ignore"):  # what overflows is refused as infinite
+        with np.errstate(over="ignore"):  # values that overflow are refused as infinite
             values = torch.from_numpy(np.array(values, np.float32, order="C"))
     return torch.as_tensor(values, dtype=torch.float32, device=device).detach()

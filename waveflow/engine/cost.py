@@ -167,8 +167,8 @@ def take_turns(
 ) -> dict[Name, list[float]]:
     """Times several pieces of work in rounds, in reversed order every second round.
 
-    Compare them within a round (`speed_ratio`): what disturbs the machine meanwhile then
-    disturbs all of them.
+    Compare them within a round (`speed_ratio`): a disturbance of the machine then hits all of
+    them.
 
     Args:
         works: by name; each returns its seconds (`timed`).

@@ -1,4 +1,4 @@
-"""How a mel is sampled, and the speech that comes of it: the Vocoder's options and results."""
+"""SynthesisOptions and Speech: the options and the result of a synthesis."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ MOST_REFINE_STEPS = 64
 
 @dataclass(frozen=True)
 class SynthesisOptions:
-    """How a mel is sampled.
+    """Settings of a synthesis.
 
     Attributes:
         sigma: standard deviation of the noise, 0 to 10; None takes the model's own.
@@ -68,7 +68,7 @@ class Speech(NamedTuple):
         audio: (B, F hop_length), or (F hop_length,) of one mel, float32 in [-1, 1]; zeros beyond
             an item's end.
         n_samples: (B,), the samples of each item; None where no lengths were given.
-        notes: what a listener should know, in words: a foreign mel, clipped samples.
+        notes: sentences for the listener: on a foreign mel, on clipped samples.
     """
 
     audio: Tensor

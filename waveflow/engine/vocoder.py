@@ -1,4 +1,4 @@
-"""Vocoder: a trained flow with its mel settings; what a person loads and calls."""
+"""Vocoder: a trained flow with its mel settings, to load and to call."""
 
 import logging
 import math
@@ -40,7 +40,7 @@ _CALLER = 3
 
 
 class VocoderWarning(UserWarning):
-    """What a listener should know: a foreign mel, or a waveform that was clipped."""
+    """Tells the listener of a foreign mel or of clipped samples."""
 
 
 class Vocoder:
@@ -107,7 +107,7 @@ class Vocoder:
         return self.__dict__ | {"_decoder": None, "_denoisers": {}}
 
     def to(self, device: str | torch.device) -> "Vocoder":
-        """Moves the model; what it is given is moved to it, what it returns stays there."""
+        """Moves the model. Inputs are moved to its device; results stay there."""
         try:
             for module in (self.flow, self.mel_spectrogram, self.refinement):
                 module.to(device)
