@@ -28,7 +28,8 @@ import torch
 
 import lab
 from waveflow.audio.mel import MEL_PRESETS
-from waveflow.cli.bench import print_table, short
+from waveflow.cli.bench import short
+from waveflow.cli.console import show_table
 from waveflow.engine.cost import speed_ratio, take_turns
 from waveflow.errors import ConfigError
 from waveflow.metrics.spectral import signal_to_noise_db
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     paths = [lab.PLAIN, *args.precision]
                     rows = compare(workers, source, paths, seconds, args.runs, folder)
                     print(f"\n{model}, {seconds:g} s of audio")
-                    print_table([COLUMNS, *rows], n_left=1)
+                    show_table([COLUMNS, *rows], n_left=1)
         finally:
             for worker in workers.values():
                 worker.process.kill()

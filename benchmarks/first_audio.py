@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import lab
-from waveflow.cli.bench import print_table
+from waveflow.cli.console import show_table
 from waveflow.engine.vocoder import Vocoder
 from waveflow.errors import ConfigError
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ahead = vocoder.look_ahead() * vocoder.hop_length / vocoder.sample_rate
         work = statistics.median(seconds for _, seconds in measured[1:])
         rows.append((model, path, f"{measured[0][0]:.2f}", f"{ahead:.2f}", f"{work:.3f}"))
-    print_table(rows)
+    show_table(rows)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 import lab
-from waveflow.cli.bench import print_table, short
+from waveflow.cli.bench import short
+from waveflow.cli.console import show_table
 from waveflow.errors import ConfigError
 
 # A short call comes first, so that what libraries set up once does not count.
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for path in lab.paths(source, args.precision, args.compile):
                 cells = [measure(source, path, seconds, args.device) for seconds in args.seconds]
                 rows.append((model, path, *cells))
-    print_table(rows)
+    show_table(rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pesq import PesqError
 
 import lab
 from waveflow.audio.io import read_audio
-from waveflow.cli.bench import print_table
+from waveflow.cli.console import show_table
 from waveflow.data.corpus import read_corpus
 from waveflow.engine.vocoder import Vocoder
 from waveflow.errors import ConfigError, DataError
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         distance, pesq = measure(vocoder, clips)
         figures = (f"{seconds:.0f}", f"{distance:.4f}", f"{pesq:.3f}")
         rows.append((model, path, str(len(clips)), *figures))
-    print_table(rows)
+    show_table(rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import lab
-from waveflow.cli.bench import print_table, short
+from waveflow.cli.bench import short
+from waveflow.cli.console import show_table
 from waveflow.engine.cost import (
     COUNTED_FRAMES,
     count_parameters,
@@ -150,7 +151,7 @@ def table(
                 "" if plain is draw else f"{signal_to_noise_db(plain, draw):.0f}",
             )
         )
-    print_table(rows)
+    show_table(rows)
 
 
 if __name__ == "__main__":

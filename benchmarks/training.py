@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity
 import lab
 from sizes import SIZES, untrained
 from waveflow.audio.mel import MelSpectrogram
-from waveflow.cli.bench import print_table
+from waveflow.cli.console import show_table
 from waveflow.engine.cost import speed_ratio, take_turns, timed
 from waveflow.errors import ConfigError
 
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[Sequence[str]] = [COLUMNS]
     for name in args.models:
         rows += rows_of(name, args.batch, args.seconds, args.runs, args.device)
-    print_table(rows)
+    show_table(rows)
 
 
 if __name__ == "__main__":

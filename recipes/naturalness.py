@@ -1,17 +1,17 @@
-"""Distill-MOS (naturalness, 1 to 5, no reference) of a model's copies of a folder of recordings.
+"""Rates the naturalness of a model's copies of recordings by Distill-MOS (1 to 5, no reference).
 
     python recipes/naturalness.py PATH/TO/wavs --ids PATH/TO/val.txt --model NAME --refine 4
     python recipes/naturalness.py FOLDER --as-is        # rates the files of a folder themselves
 
-A check from outside: never a training loss, never used to pick a seed. Six clips of a voice differ
-by 0.1 from chance alone.
+A check from outside: never a training loss, and never used to pick a seed. Means over six clips of
+one voice differ by 0.1 by chance alone.
 
 Install beside waveflow (the weights are inside the packages):
 
     pip install --no-deps distillmos xls-r-sqa
 
-Without --no-deps they would pull torchaudio and transformers. Neither is used here: torchaudio is
-imported for a file reader only, so an empty module takes its place below.
+Without --no-deps pip would also install torchaudio and transformers. Neither is used here:
+distillmos imports torchaudio for a file reader only, so an empty module takes its place below.
 
 Reference: Stahl and Gamper, "Distillation and Pruning for Scalable Self-Supervised
     Representation-Based Speech Quality Assessment", 2025.
@@ -33,8 +33,10 @@ from torch import nn
 
 import waveflow
 from waveflow.audio.io import list_inputs, read_audio
+from waveflow.data.corpus import select_ids
+from waveflow.engine.options import SynthesisOptions
 from waveflow.errors import WaveflowError
-from waveflow.metrics.evaluate import copies, select_ids
+from waveflow.metrics.copies import copies
 from waveflow.metrics.quality import FloatArray, at_rate
 
 DISTILLMOS_RATE = 16000
@@ -42,7 +44,7 @@ SUFFIXES = (".wav", ".flac")
 
 
 def load_distillmos() -> nn.Module:
-    """The network, which takes (B, T) at 16 kHz and gives (B, 1)."""
+    """Returns the network, from audio (B, T) at 16 kHz to ratings (B, 1)."""
     sys.modules.setdefault("torchaudio", types.ModuleType("torchaudio"))
     try:
         from distillmos import ConvTransformerSQAModel
@@ -54,22 +56,23 @@ def load_distillmos() -> nn.Module:
 
 @torch.inference_mode()
 def rate(network: nn.Module, audio: FloatArray, sample_rate: int) -> float:
-    """Distill-MOS of a waveform (T,)."""
+    """Returns the Distill-MOS of a waveform (T,)."""
     samples = at_rate(audio, sample_rate, DISTILLMOS_RATE).astype(np.float32)
     return network(torch.from_numpy(samples)[None]).item()
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder of recordings, wav or flac.")],
-    model: Annotated[str | None, typer.Option(help="Name or folder; else the default.")] = None,
-    refine: Annotated[int | None, typer.Option(min=0, help="Else the model's own.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name or folder.")] = None,
+    refine: Annotated[int | None, typer.Option(min=0, help="Refinement steps.")] = None,
     ids: Annotated[Path | None, typer.Option(help="List of ids to use, one a line.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws and of Griffin-Lim.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws and of Griffin-Lim.")] = 0,
     as_is: Annotated[bool, typer.Option("--as-is", help="Rate the files, copy nothing.")] = False,
 ) -> None:
     """Print the mean Distill-MOS of the recordings, the model and Griffin-Lim."""
     torch.set_num_threads(1)
     try:
+        options = SynthesisOptions(seed=seed, refine=refine)
         files = list_inputs(folder, SUFFIXES)
         files = files if ids is None else select_ids(files, ids)
         vocoder = None if as_is else waveflow.load(model)
@@ -79,7 +82,7 @@ def main(
             audio, sample_rate, _ = read_audio(path, vocoder.sample_rate if vocoder else None)
             systems: Mapping[str, FloatArray] = {"as is": audio}
             if vocoder:
-                systems = copies(vocoder, audio, seed=seed, refine=refine)
+                systems = copies(vocoder, audio, options)
             for name, copy in systems.items():
                 ratings[name].append(rate(network, copy, sample_rate))
             typer.echo(f"{len(ratings[name])} of {len(files)}", err=True)

@@ -1,4 +1,4 @@
-"""Spectrograms and F0 contours of recordings beside their copy-synthesis.
+"""Draws spectrograms and F0 of recordings beside those of their copy-synthesis.
 
     python recipes/pictures.py OUT.png CLIP... [--model NAME|PATH]
 
@@ -18,8 +18,8 @@ import torch
 from matplotlib.axes import Axes
 
 import waveflow
+from waveflow.audio.f0 import track_f0
 from waveflow.audio.io import read_audio
-from waveflow.data.f0 import track_f0
 
 SECONDS = 3.0
 F0_HOP = 110
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def draw(axis: Axes, title: str, samples: np.ndarray, rate: int) -> None:
-    """A spectrogram to 8 kHz with F0, times ten, on top."""
+    """Draws a spectrogram to 8 kHz, and ten times F0 on top."""
     frames = torch.from_numpy(np.ascontiguousarray(samples)).unfold(0, 512, 128)
     spectrum = torch.fft.rfft(frames * torch.hann_window(512)).abs().clamp_min(1e-5)
     seconds = len(samples) / rate

@@ -1,4 +1,4 @@
-"""From a run to a model that ships: its best checkpoint without training state.
+"""Makes a model that ships from a run: its best checkpoint without training state.
 
     python recipes/ship.py RUN NAME EXAMPLE_CLIP --licence CC0-1.0
 
@@ -44,7 +44,7 @@ def main() -> None:
     text = card.read_bytes() if card.is_file() else b""
     folder.parent.mkdir(exist_ok=True)
     save_checkpoint(folder, config, weights, {EXAMPLE: example.getvalue()})
-    # Not through the checkpoint: its manifest would call a card that is edited later damaged.
+    # Not part of the checkpoint, whose manifest would call an edited card damaged.
     card.write_bytes(text)
     check_likelihood(vocoder, folder, audio)
 

@@ -1,6 +1,7 @@
 """Training on mels that an acoustic model wrote: `prepare --mels`, segments, validation."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.cli.main import main
 from waveflow.data import clips as clips_module
 from waveflow.data.cache import MEL_FILE, TrainingCache
-from waveflow.data.prepare import prepare, prepare_shard
+from waveflow.data.prepare import prepare
 from waveflow.data.segments import SegmentSampler
 from waveflow.errors import DataError
+from waveflow.processes import Group
 from waveflow.training.config import Recipe, TrainConfig
 from waveflow.training.loop import Trainer
 from waveflow.training.validation import score_clips
@@ -181,10 +183,13 @@ def test_prepare_goes_on_shares_and_sees_changed_mels(corpus, tmp_path, reads):
     reads.clear()
     folder, out = write_mels(tmp_path / "mels", mels), tmp_path / "cache"
 
-    def others() -> int:
-        return prepare_shard([corpus], out, MEL, (1, 2), workers=1, mels=folder)
+    store = torch.distributed.HashStore()
 
-    prepare([corpus], out, MEL, workers=1, n_shards=2, wait=others, mels=folder)
+    def member(rank: int) -> None:
+        prepare([corpus], out, MEL, workers=1, mels=folder, group=Group(rank, 2, store))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(member, range(2)))
     assert len(reads) == N_CLIPS
     before = (out / MEL_FILE).read_bytes()
     reads.clear()

@@ -7,14 +7,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from tiny_training import MEL, recipe, tensors_of, write_cache
 from torch import Tensor
 
@@ -331,19 +329,6 @@ def test_a_share_of_a_batch_is_in_the_batch(caches: list[Path]) -> None:
 def test_a_batch_in_parts_is_the_batch(alone: Trainer, caches: list[Path], tmp_path: Path) -> None:
     parts = recipe(**CURVE, accumulate=3)
     assert_close(curve_of(Trainer(parts, TrainingCache(caches[0]), tmp_path / "run")), alone.curve)
-
-
-def test_a_part_of_the_store_is_empty_in_every_attempt() -> None:
-    """Though the store still holds what the workers of the attempts before have written."""
-    store = dist.HashStore()
-    store.set("word/2", "of one that died before the first attempt began")
-    for _ in range(3):
-        with ThreadPoolExecutor(3) as pool:
-            workers = [pool.submit(distributed.empty_part, store, n, 3) for n in (2, 0, 1)]
-            parts = [worker.result(timeout=20) for worker in workers]
-        assert not any(part.check(["address"]) for part in parts)
-        parts[0].set("address", "here")
-        assert [part.get("address") for part in parts] == [b"here"] * 3
 
 
 def test_an_environment_that_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from waveflow.audio.io import (
     AUDIO_SUFFIXES,
-    atomic_path,
     list_inputs,
     read_audio,
     read_mel,
@@ -22,6 +21,7 @@ from waveflow.audio.io import (
     write_mel,
 )
 from waveflow.errors import AudioError, DataError, MelMismatchError, WaveflowError
+from waveflow.files import atomic_path
 
 
 def random_int16(n: int) -> np.ndarray:

@@ -11,13 +11,17 @@ from torch.nn import functional
 from waveflow.audio.io import read_audio, write_audio
 from waveflow.audio.mel import MEL_PRESETS, MelSpectrogram
 from waveflow.audio.refine import MelRefinement
+from waveflow.data.corpus import select_ids
+from waveflow.engine.options import OWN_OPTIONS, SynthesisOptions
 from waveflow.errors import AudioError, DataError
-from waveflow.metrics import evaluate as evaluate_module
-from waveflow.metrics.evaluate import evaluate, select_ids
+from waveflow.metrics import copies as copies_module
+from waveflow.metrics import evaluation as evaluation_module
+from waveflow.metrics.copies import evaluate
+from waveflow.metrics.evaluation import COLUMNS, METRICS
 from waveflow.metrics.griffin_lim import griffin_lim, least_squares_magnitude, smooth_magnitude
-from waveflow.metrics.pitch import compare_f0, voicing
 from waveflow.metrics.quality import dnsmos, pesq_wb, stoi
 from waveflow.metrics.spectral import draw_correlation, log_mel_l1, signal_to_noise_db
+from waveflow.metrics.voicing import compare_f0, voicing
 
 RATE = 22050
 FIXTURE = Path(__file__).parent / "fixtures" / "mel.npz"
@@ -68,7 +72,9 @@ def test_stoi_of_too_little_speech_is_nan(speech):
 
 def test_dnsmos_prefers_the_clean_recording(speech, noisy):
     pytest.importorskip("speechmos.dnsmos")
-    assert 2.0 < dnsmos(noisy, RATE) + 0.2 < dnsmos(speech, RATE) < 5.0
+    # It repeats a clip by doubling it until it has 9.01 s: of this length, once and no more.
+    clip = slice(0, round(1.14 * RATE))
+    assert 2.0 < dnsmos(noisy[clip], RATE) + 0.2 < dnsmos(speech[clip], RATE) < 5.0
 
 
 def test_voicing_measures_a_known_shift_of_pitch():
@@ -183,17 +189,18 @@ class NoiseVocoder:
         self.refinement = MelRefinement(CONFIG)
         self._spectrogram = MelSpectrogram(CONFIG)
 
-    def __call__(self, mel: Tensor, *, sigma: float | None, seed: int, refine: int | None):
-        steps = self.refine_steps if refine is None else refine
-        noise = torch.randn(mel.shape[1] * 256, generator=torch.Generator().manual_seed(seed))
-        return self.refinement(0.1 * noise[None], mel[None], 2 + steps)[0]
+    def draw(self, mel: Tensor, options: SynthesisOptions) -> Tensor:
+        return self._made(mel, options, 0)
 
-    def draw(self, mel: Tensor, *, sigma: float | None, seed: int):
-        return self(mel, sigma=sigma, seed=seed, refine=0)
-
-    def resynth(self, audio: Tensor, *, seed: int, refine: int | None, sigma: float | None):
+    def resynth(self, audio: Tensor, options: SynthesisOptions) -> Tensor:
         padded = functional.pad(audio, (0, -len(audio) % 256))
-        return self(self.mel(padded), sigma=sigma, seed=seed, refine=refine)[: len(audio)]
+        steps = self.refine_steps if options.refine is None else options.refine
+        return self._made(self.mel(padded), options, steps)[: len(audio)]
+
+    def _made(self, mel: Tensor, options: SynthesisOptions, steps: int) -> Tensor:
+        generator = torch.Generator().manual_seed(int(options.seed))
+        noise = torch.randn(mel.shape[1] * 256, generator=generator)
+        return self.refinement(0.1 * noise[None], mel[None], 2 + steps)[0]
 
     def mel(self, audio: Tensor) -> Tensor:
         return self._spectrogram(audio)
@@ -217,9 +224,12 @@ def speech_samples(folder: Path) -> int:
 
 
 def without_packages(monkeypatch) -> None:
-    metrics = [metric for metric in evaluate_module.METRICS if metric.package is None]
-    absent = [m._replace(package="no_such_package") for m in evaluate_module.METRICS if m.package]
-    monkeypatch.setattr(evaluate_module, "METRICS", (*metrics, *absent))
+    metrics = [metric for metric in METRICS if metric.package is None]
+    absent = [m._replace(package="no_such_package") for m in METRICS if m.package]
+    monkeypatch.setattr(copies_module, "METRICS", (*metrics, *absent))
+
+
+PLAIN = OWN_OPTIONS.changed({"refine": 0})
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:pesq")
@@ -227,7 +237,7 @@ def test_evaluate_reports_every_system(folder, monkeypatch):
     for package in ("pesq", "pystoi", "pyworld", "speechmos.dnsmos"):
         pytest.importorskip(package)
     # Measured above; fourteen times would take most of this file's time.
-    monkeypatch.setattr(evaluate_module, "dnsmos", lambda audio, rate: float(len(audio)))
+    monkeypatch.setattr(evaluation_module, "dnsmos", lambda audio, rate: float(len(audio)))
     calls = []
     result = evaluate(
         NoiseVocoder(), sorted(folder.iterdir()), progress=lambda *call: calls.append(call)
@@ -249,7 +259,7 @@ def test_evaluate_reports_every_system(folder, monkeypatch):
     for row in rows.values():
         assert row.scores["DNSMOS"] == (speech_samples(folder) + 8000) / 2
     assert set(rows["recording"].scores) == {"DNSMOS"}
-    assert set(rows["model + 0 steps"].scores) == set(evaluate_module.COLUMNS)
+    assert set(rows["model + 0 steps"].scores) == set(COLUMNS)
     # Silence has no utterance, no voiced frame, and nothing for STOI.
     failed = rows["model + 0 steps"].failed
     assert failed == {"PESQ-WB": 1, "STOI": 1, "V/UV F1": 1, "F0 error (cents)": 1}
@@ -262,16 +272,19 @@ def test_evaluate_reports_every_system(folder, monkeypatch):
     assert -1.0 < result.draw_correlation < 0.9
 
     assert json.loads(result.to_json())["rows"][0]["name"] == "recording"
-    table = result.table()
-    assert table.row_count == 7
-    assert [column.header for column in table.columns][1:] == list(evaluate_module.COLUMNS)
+    header, *lines = result.table()
+    assert header[1:] == list(COLUMNS)
+    assert [line[0] for line in lines] == list(rows)
+    assert {len(line) for line in lines} == {len(header)}
+    assert lines[0][1] == "-" and lines[1][1] == f"{unrefined['PESQ-WB']:.3f}"
 
 
 def test_evaluate_weighs_likelihoods_by_samples(folder, monkeypatch):
     without_packages(monkeypatch)
+    monkeypatch.setattr(copies_module, "copies", lambda vocoder, audio, options: {})
     files = [folder / "a.wav", folder / "silence.wav"]
     both, speech_alone, silence_alone = (
-        evaluate(NoiseVocoder(), chosen, refine=0) for chosen in (files, files[:1], files[1:])
+        evaluate(NoiseVocoder(), chosen, PLAIN) for chosen in (files, files[:1], files[1:])
     )
     share = speech_alone.seconds / both.seconds
     expected = share * speech_alone.log_prob_speech + (1 - share) * silence_alone.log_prob_speech
@@ -281,9 +294,9 @@ def test_evaluate_weighs_likelihoods_by_samples(folder, monkeypatch):
 
 def test_evaluate_leaves_out_and_names_what_is_not_installed(folder, monkeypatch):
     without_packages(monkeypatch)
-    result = evaluate(NoiseVocoder(), [folder / "a.wav"], refine=0)
-    assert set(result.missing) == set(evaluate_module.COLUMNS) - {"log-mel L1"}
-    assert [column.header for column in result.table().columns][1:] == ["log-mel L1"]
+    result = evaluate(NoiseVocoder(), [folder / "a.wav"], PLAIN)
+    assert set(result.missing) == set(COLUMNS) - {"log-mel L1"}
+    assert result.table()[0][1:] == ["log-mel L1"]
     # Refined and unrefined model are one row when there are no steps.
     assert [row.name for row in result.rows][1:3] == ["model + 0 steps", "Griffin-Lim 60"]
 
@@ -307,7 +320,8 @@ def test_select_ids_keeps_the_lists_order_and_names_what_is_absent(tmp_path):
         select_ids(files, tmp_path / "none.txt")
 
 
-def test_evaluate_says_what_it_did_to_recordings(speech, tmp_path, caplog):
+def test_evaluate_says_what_it_did_to_recordings(speech, tmp_path, caplog, monkeypatch):
+    without_packages(monkeypatch)
     write_audio(tmp_path / "a.wav", speech[:8000], 16000)
-    evaluate(NoiseVocoder(), [tmp_path / "a.wav"])
+    evaluate(NoiseVocoder(), [tmp_path / "a.wav"], PLAIN)
     assert "resampled from 16000 Hz to 22050 Hz (1 files)" in caplog.text

@@ -2,24 +2,25 @@
 
 import io
 import json
-import os
-import socket
 import subprocess
 import sys
 import tarfile
 import time
 import types
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch.distributed
 from conftest import make_voice
 
 from waveflow.audio.io import read_audio
 from waveflow.audio.mel import MelConfig
 from waveflow.cli.main import main
+from waveflow.data import archives
 from waveflow.data import clips as clips_module
 from waveflow.data.archives import download_ljspeech, unpack
 from waveflow.data.cache import (
@@ -29,9 +30,10 @@ from waveflow.data.cache import (
     TrainingCache,
 )
 from waveflow.data.clips import clipped_share, silent_share
-from waveflow.data.prepare import prepare, prepare_shard
+from waveflow.data.prepare import prepare
 from waveflow.data.report import PrepareReport
 from waveflow.errors import ConfigError, DataError
+from waveflow.processes import Group
 
 RATE, HOP = 22050, 256
 MEL = MelConfig(sample_rate=RATE, hop_length=HOP)
@@ -321,49 +323,60 @@ def test_a_killed_prepare_leaves_no_worker_and_goes_on(tmp_path):
 # --- sharing ---
 
 
-@pytest.mark.parametrize("n_shards", [2, 3, 8], ids=lambda n: f"{n} shards")
-def test_shards_read_every_clip_once(corpus, tmp_path, reads, n_shards):
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_processes_read_every_clip_once(corpus, tmp_path, reads, n):
     (corpus / "bad.wav").write_text("no audio")
     whole = prepare([corpus], tmp_path / "whole", MEL, workers=1)
     reads.clear()
-    out = tmp_path / "shared"
+    out, store = tmp_path / "shared", torch.distributed.HashStore()
 
-    def others() -> int:
-        shares = [(number, n_shards) for number in range(1, n_shards)]
-        return sum(prepare_shard([corpus], out, MEL, share, workers=1) for share in shares)
+    def member(rank: int) -> PrepareReport:
+        return prepare([corpus], out, MEL, workers=1, group=Group(rank, n, store))
 
-    report = prepare([corpus], out, MEL, workers=1, n_shards=n_shards, wait=others)
+    with ThreadPoolExecutor(n) as pool:
+        assert list(pool.map(member, range(n))) == [whole] * n
     assert sorted(reads) == names_in(corpus)
     assert content(out) == content(tmp_path / "whole")
-    assert report == whole
     assert names_in(tmp_path) == ["shared", "voice", "whole"]
 
 
-@needs_pyworld
-def test_under_torchrun(corpus, tmp_path):
-    """Two processes in torchrun's environment; what one had done in an earlier try is kept."""
-    assert main(["prepare", str(corpus), "-o", str(tmp_path / "one"), "--workers", "1"]) == 0
-    assert prepare_shard([corpus], tmp_path / "two", MEL, (1, 2), workers=1) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "waveflow", "prepare", str(corpus)]
-    processes = [
-        subprocess.Popen(
-            [*command, "-o", str(tmp_path / "two")],
-            env=os.environ | shared | {"OMP_NUM_THREADS": "1", "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=100) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "3 clips were done before" in outputs[0][0] and outputs[1] == ("", "")
-    assert content(tmp_path / "one") == content(tmp_path / "two")
-    assert names_in(tmp_path) == ["one", "two", "voice"]
+def test_processes_keep_what_one_had_done_in_an_earlier_try(corpus, tmp_path, reads):
+    out = tmp_path / "cache"
+
+    def prepare_share(rank: int, progress=None) -> PrepareReport:
+        group = Group(rank, 2, store)
+        return prepare([corpus], out, MEL, progress, workers=1, group=group)
+
+    store = torch.distributed.HashStore()
+    store.set("unpack/done", "")  # by rank 0, which is not here
+    with pytest.raises(KeyboardInterrupt):
+        prepare_share(1, interrupt_at(N_CLIPS // 2))
+    store = torch.distributed.HashStore()
+    reads.clear()
+    with ThreadPoolExecutor(2) as pool:
+        first, _ = pool.map(prepare_share, range(2))
+    assert first.kept == N_CLIPS // 2 and sorted(reads) == [f"clip{i}.wav" for i in (0, 2, 4)]
+
+
+def test_one_process_unpacks_for_all(corpus, tmp_path, reads, monkeypatch):
+    unpacked, store = [], torch.distributed.HashStore()
+    extract = archives._extract
+
+    def slow(archive: Path, folder: Path) -> None:
+        unpacked.append(archive)
+        time.sleep(0.2)
+        extract(archive, folder)
+
+    monkeypatch.setattr(archives, "_extract", slow)
+    archive = pack(corpus, tmp_path / "voice.zip", "voice")
+
+    def member(rank: int) -> PrepareReport:
+        group = Group(rank, 2, store)
+        return prepare([archive], tmp_path / "data" / "cache", MEL, workers=1, group=group)
+
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(member, range(2)))
+    assert unpacked == [archive] and reports[0].train.clips == N_CLIPS - 1
 
 
 # --- archives and the network ---

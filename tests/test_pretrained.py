@@ -9,7 +9,7 @@ import torch
 import waveflow
 from waveflow.audio.dequantise import dequantise
 from waveflow.engine.vocoder import Vocoder
-from waveflow.metrics.pitch import voicing
+from waveflow.metrics.voicing import voicing
 from waveflow.pretrained import DEFAULT_MODEL, model_folder
 
 FIXTURES = Path(__file__).parent / "fixtures"

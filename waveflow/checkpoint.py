@@ -6,85 +6,36 @@ ever executed: weights are safetensors, configs are JSON that names no code.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from waveflow.audio.mel import MelConfig
 from waveflow.errors import CheckpointError
 from waveflow.flow import Flow
-from waveflow.models.registry import AnyFlowConfig, build_flow, first_problem
-
-FORMAT = 1
-# The mel of a validation clip, with a model that ships.
-EXAMPLE = "example.npy"
-CONFIG, WEIGHTS, MANIFEST, RUN_POINTER = (
-    "config.json",
-    "model.safetensors",
-    "manifest.json",
-    "checkpoints.json",
-)
-
-
-class SynthesisConfig(BaseModel):
-    """How a model is meant to be sampled.
-
-    Attributes:
-        sigma: standard deviation of the noise.
-        refine_steps: mel refinement steps after the draw (audio/refine.py).
-        refine_power, refine_momentum: p and a of a refinement step.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sigma: float = Field(default=1.0, ge=0)
-    refine_steps: int = Field(default=0, ge=0, le=4)
-    refine_power: float = Field(default=1.0, gt=0)
-    refine_momentum: float = Field(default=0.0, ge=0)
+from waveflow.model_files import CONFIG, MANIFEST, WEIGHTS, ModelCard, first_problem
+from waveflow.model_files import EXAMPLE as EXAMPLE
+from waveflow.model_files import FORMAT as FORMAT
+from waveflow.model_files import RUN_POINTER as RUN_POINTER
+from waveflow.model_files import Provenance as Provenance
+from waveflow.model_files import SynthesisConfig as SynthesisConfig
+from waveflow.model_files import manifest_bytes as manifest_bytes
+from waveflow.model_files import read_files as read_files
+from waveflow.model_files import resolve_run as resolve_run
+from waveflow.model_files import run_checkpoints as run_checkpoints
+from waveflow.models.registry import AnyFlowConfig, build_flow
 
 
-class Provenance(BaseModel):
-    """Where weights come from.
+class ModelConfig(ModelCard):
+    """All of config.json, with the model's own settings."""
 
-    Attributes:
-        data: the corpora, in words.
-        licence: of the weights.
-        steps, minutes: optimizer steps, and time spent in training.
-        log_likelihood: of validation speech, nats per audio sample.
-        draw_log_likelihood: of the model's own draws for the same mels.
-        mel_range: lowest and highest value of each mel band in the training data.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    data: str = ""
-    licence: str = ""
-    steps: int = 0
-    minutes: float = 0.0
-    log_likelihood: float | None = None
-    draw_log_likelihood: float | None = None
-    mel_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-
-
-class ModelConfig(BaseModel):
-    """All of config.json."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: int = FORMAT
     model: AnyFlowConfig
-    mel: MelConfig
-    synthesis: SynthesisConfig = SynthesisConfig()
-    provenance: Provenance = Provenance()
 
 
 def save_checkpoint(
@@ -150,36 +101,6 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def manifest_bytes(hashes: dict[str, str]) -> bytes:
-    """The manifest of files with these SHA-256 hashes, the only spelling of it that is read."""
-    return (json.dumps({"format": FORMAT, "sha256": hashes}, indent=1) + "\n").encode()
-
-
-def read_files(folder: Path, verify: bool = True) -> dict[str, bytes]:
-    """The files of a checkpoint folder, their hashes checked against the manifest."""
-    data = _read(folder, MANIFEST)
-    manifest = _json(data, folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder} has checkpoint format {manifest.get('format')!r}; this waveflow reads "
-            f"{FORMAT}: update waveflow"
-        )
-    hashes = manifest.get("sha256")
-    if not isinstance(hashes, dict) or not {CONFIG, WEIGHTS} <= hashes.keys():
-        raise CheckpointError(f"{folder / MANIFEST} does not list {CONFIG} and {WEIGHTS}")
-    files = {}
-    for name, expected in hashes.items():
-        if Path(name).name != name:
-            raise CheckpointError(f"{folder / MANIFEST} names a file outside the folder: {name!r}")
-        files[name] = _read(folder, name)
-        if verify and hashlib.sha256(files[name]).hexdigest() != expected:
-            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
-    # Nothing has the manifest's own hash: damage between its words shows in its spelling.
-    if verify and data != manifest_bytes(hashes):
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: waveflow spells it otherwise")
-    return files
-
-
 def load_checkpoint(folder: Path, verify: bool = True) -> tuple[ModelConfig, Flow]:
     """Config and Flow, in evaluation mode, of a checkpoint folder or a run folder.
 
@@ -194,22 +115,6 @@ def load_checkpoint(folder: Path, verify: bool = True) -> tuple[ModelConfig, Flo
     flow = build_flow(config.model, config.mel)
     load_weights(flow, parse_tensors(files[WEIGHTS], folder / WEIGHTS), folder)
     return config, flow.eval()
-
-
-def resolve_run(folder: Path, which: str) -> Path:
-    """The `best` or `last` checkpoint of a run folder; a checkpoint folder is itself."""
-    pointer = folder / RUN_POINTER
-    if not pointer.is_file():
-        return folder
-    name = _json(pointer.read_bytes(), pointer).get(which)
-    if not isinstance(name, str) or Path(name).name != name:
-        raise CheckpointError(f"{pointer} names no {which} checkpoint")
-    return folder / name
-
-
-def run_checkpoints(run: Path) -> list[Path]:
-    """All checkpoints of a run folder, whole or not, the newest first."""
-    return sorted(run.glob("step-*"), reverse=True)
 
 
 def parse_config(data: bytes, path: Path) -> ModelConfig:
@@ -251,22 +156,3 @@ def load_weights(flow: Flow, weights: dict[str, Tensor], source: Path) -> None:
         if not torch.isfinite(fitted[name]).all():
             raise CheckpointError(f"{source}: {name} holds values that are not finite")
     flow.load_state_dict(fitted)
-
-
-def _read(folder: Path, name: str) -> bytes:
-    if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint folder {folder}")
-    try:
-        return (folder / name).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise CheckpointError(f"{folder} has no readable {name!r}: not a checkpoint") from error
-
-
-def _json(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value

@@ -1,35 +1,40 @@
-"""Where the models that ship are."""
+"""Finds the models that ship, and the folder of any model."""
 
 from pathlib import Path
 
 from waveflow.errors import CheckpointError
+from waveflow.model_files import CONFIG, resolve_run
 
 DEFAULT_MODEL = "frameglow-cc0"
 
 
 def list_models() -> list[str]:
-    """Names of the models that ship with the package."""
-    return sorted(path.parent.name for path in _root().glob("*/config.json"))
+    """Returns the names of the models that ship with the package."""
+    return sorted(path.parent.name for path in _root().glob(f"*/{CONFIG}"))
 
 
 def shipped_model(name: str) -> Path | None:
-    """The folder of a model that ships; None if none has this name."""
+    """Returns the folder of a model that ships, or None if none has this name."""
     folder = _root() / name
-    return folder if Path(name).name == name and (folder / "config.json").is_file() else None
+    return folder if Path(name).name == name and (folder / CONFIG).is_file() else None
 
 
 def model_folder(model: str | Path | None = None) -> Path:
-    """The folder of a model: None is the default, else a shipped name or a folder's path.
+    """Returns a model's checkpoint folder.
+
+    Args:
+        model: the name of a model that ships, a checkpoint folder, or a run folder, which stands
+            for its best checkpoint; None for the default model.
 
     Raises:
         CheckpointError: neither a shipped model nor a folder.
     """
     name = DEFAULT_MODEL if model is None else str(model)
-    folder = shipped_model(name)
-    if folder is not None:
-        return folder
+    shipped = shipped_model(name)
+    if shipped is not None:
+        return shipped
     if Path(name).is_dir():
-        return Path(name)
+        return resolve_run(Path(name), "best")
     if Path(name).is_file():
         raise CheckpointError(
             f"{name!r} is a file, a model is a folder: waveflow convert {name} -o FOLDER makes one"
@@ -40,7 +45,7 @@ def model_folder(model: str | Path | None = None) -> Path:
 
 
 def _root() -> Path:
-    # In a wheel the models lie inside the package, in a checkout beside it. (A folder without
+    # A wheel has the models inside the package, a checkout beside it. (A folder without
     # __init__.py does not hide the module of its name.)
     inside = Path(__file__).parent / "pretrained"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "pretrained"

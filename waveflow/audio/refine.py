@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from waveflow.audio.mel import MelConfig, MelSpectrogram, mel_filterbank
-from waveflow.audio.stft import edge_padding, frame, overlap_add, pad_edges
+from waveflow.audio.mel_config import edge_padding
+from waveflow.audio.stft import frame, overlap_add, pad_edges
 from waveflow.buffers import ExactBuffers
 from waveflow.context import Context
 from waveflow.errors import AudioError, MelMismatchError

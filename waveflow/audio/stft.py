@@ -5,16 +5,13 @@
 f: F = T // hop (HiFi-GAN). torch.istft refuses the second, so the overlap-add is here.
 """
 
-from typing import Literal
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-Padding = Literal["center", "hop"]
-PadMode = Literal["reflect", "constant"]
+from waveflow.audio.mel_config import Padding, PadMode, edge_padding
 
 
 def hann_window(
@@ -32,11 +29,6 @@ def hann_values(win_length: int, n_fft: int) -> NDArray[np.float64]:
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(win_length) / win_length)
     left = (n_fft - win_length) // 2
     return np.pad(window, (left, n_fft - win_length - left))
-
-
-def edge_padding(n_fft: int, hop_length: int, padding: Padding) -> int:
-    """Samples that the framing adds at each side of the audio."""
-    return n_fft // 2 if padding == "center" else (n_fft - hop_length) // 2
 
 
 def pad_edges(audio: Tensor, amount: int, pad_mode: PadMode) -> Tensor:

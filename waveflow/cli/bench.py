@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from waveflow.cli import options
-from waveflow.cli.console import counting, note
+from waveflow.cli.console import counting, note, show_table
 from waveflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def bench(
             paths = load_paths(name, precisions, device, verify)
             for length in seconds or (1.0,):
                 rows += compare(name, paths, length, runs, progress)
-    print_table(rows)
+    show_table(rows)
 
 
 def load_paths(
@@ -144,14 +144,3 @@ def compare(
 def short(value: float) -> str:
     """Three digits, never with an exponent."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def print_table(rows: Sequence[Sequence[str]], n_left: int = 2) -> None:
-    """Prints rows in columns: the first `n_left` aligned to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < n_left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())

@@ -1,29 +1,47 @@
-"""What goes to stderr: notes of one line, log records, progress bars."""
+"""The only place of the command line that prints: results to stdout, everything else to stderr."""
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from waveflow.processes import ALONE, Group
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
 
+def show(line: str) -> None:
+    """Prints a line of the result on stdout."""
+    print(line, flush=True)
+
+
+def show_table(rows: Sequence[Sequence[str]], n_left: int = 2) -> None:
+    """Prints rows in columns: the first `n_left` aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < n_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        show("  ".join(cells).rstrip())
+
+
 def note(message: str) -> None:
-    """One line on stderr."""
+    """Prints a message on stderr, as one line."""
     print(f"waveflow: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
 class NoteHandler(logging.Handler):
-    """Log records as notes."""
+    """Prints log records as notes."""
 
     def emit(self, record: logging.LogRecord) -> None:
         note(record.getMessage())
 
 
 def progress_bar(*columns: "ProgressColumn") -> "Progress":
-    """A bar on stderr that vanishes at its end; silent where stderr is no terminal."""
+    """Returns a bar on stderr that vanishes at its end; it is silent if stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -36,16 +54,23 @@ def progress_bar(*columns: "ProgressColumn") -> "Progress":
         console=console,
         transient=True,
         disable=not console.is_terminal,
-        # The bar's console is stderr: results that are printed meanwhile must not move there.
+        # Otherwise rich would move results that are printed meanwhile to stderr.
         redirect_stdout=False,
     )
 
 
 @contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar over `what`, with the time left; gives a function to call with (done, in all)."""
+def counting(what: str, group: Group = ALONE) -> Iterator[Callable[[int, int], None]]:
+    """Shows a bar over `what` with the time left; yields a function to call with (done, in all).
+
+    Of a group, rank 0 shows its own share: bars of several processes would overwrite each other.
+    """
+    if group.rank > 0:
+        yield lambda done, total: None
+        return
     from rich.progress import TimeRemainingColumn
 
+    share = f" of process 1 of {group.world_size}" if group.world_size > 1 else ""
     with progress_bar(TimeRemainingColumn()) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(f"{what}{share}", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from waveflow.cli.console import show
 from waveflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def convert(
     _check_new(out)
     converted = read(checkpoint, config, lineage.value)
     save_checkpoint(out, converted.config, converted.flow.state_dict())
-    print(f"read {checkpoint}: {_summary(converted)}")
-    print(f"wrote {out}: waveflow vocode mel.npy -o out.wav --model {out}")
+    show(f"read {checkpoint}: {_summary(converted)}")
+    show(f"wrote {out}: waveflow vocode mel.npy -o out.wav --model {out}")
 
 
 def _check_new(folder: Path) -> None:

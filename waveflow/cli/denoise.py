@@ -1,4 +1,4 @@
-"""`waveflow denoise`: recordings without a model's hum, or without their own noise."""
+"""`waveflow denoise`: removes a model's hum, or a recorded noise, from recordings."""
 
 from collections.abc import Callable
 from enum import StrEnum
@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from waveflow.cli import options
-from waveflow.cli.console import note
-from waveflow.cli.jobs import about, plan_jobs, run_jobs
-from waveflow.cli.shards import local_device
+from waveflow.cli.jobs import errors_of, note_about, plan_jobs, run_jobs
 from waveflow.cli.synthesis import Audio, Recordings
 from waveflow.errors import ConfigError
 
@@ -21,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class Bias(StrEnum):
-    """Values of `waveflow.audio.denoise.Bias`, which --help must not import."""
+    """Values of `waveflow.audio.denoise.Bias`, here for --help without imports."""
 
     zeros = "zeros"
     normal = "normal"
     silence = "silence"
 
 
-# NVIDIA's strength for the bias of a model; all of a noise that was recorded.
+# For a model's bias NVIDIA's strength; of a recorded noise all is subtracted.
 _MODEL_STRENGTH, _NOISE_STRENGTH = 0.1, 1.0
 # Half a step of 16 bits.
 _INAUDIBLE = 2.0**-16
@@ -37,6 +35,7 @@ _INAUDIBLE = 2.0**-16
 def denoise(
     source: Recordings,
     out: Audio,
+    loading: options.Loading,
     strength: Annotated[
         float | None,
         typer.Option(
@@ -44,16 +43,15 @@ def denoise(
             min=0,
             max=10,
             metavar="X",
-            help="How often the noise is subtracted. Without it: 0.1, or 1 with --noise.",
+            help="How often the noise is subtracted. Default: 0.1, or 1 with --noise.",
         ),
     ] = None,
-    model: options.Model = None,
     bias: Annotated[
         Bias | None,
         typer.Option(
             "--bias",
-            help="What the model is asked to say for its noise: a mel of zeros or random values, "
-            "as NVIDIA, or silence. Without it: zeros for a WaveGlow, silence for others.",
+            help="The mel in which the model's noise is heard: zeros or random values, as NVIDIA, "
+            "or silence. Default: zeros for a WaveGlow, silence for others.",
         ),
     ] = None,
     noise: Annotated[
@@ -62,19 +60,16 @@ def denoise(
             "--noise", metavar="WAV", help="A recording of noise alone, instead of a model's."
         ),
     ] = None,
-    device: options.Device = "cpu",
-    threads: options.Threads = None,
     float32: options.Float = False,
     force: options.Force = False,
-    verify: options.Verify = True,
 ) -> None:
     """Subtracts the constant noise of a vocoder, or of a room, from recordings.
 
-    With a model: speech that it made, at its sample rate; what it says where it
-    has nothing to say is subtracted. With --noise: any recording, at its own
-    rate, and a pause cut from it (a second is plenty). The result is as long as
-    the recording. A folder becomes a folder of .wav files; those that are there
-    already are kept.
+    With a model: for speech that it made, at its sample rate; the hum that it makes
+    of an empty mel is subtracted. With --noise: for any recording, at its own rate,
+    with a pause cut from it (a second is plenty). The result is as long as the
+    recording. A folder becomes a folder of .wav files; those that are there already
+    are kept.
 
     \b
     Examples:
@@ -82,45 +77,43 @@ def denoise(
       waveflow denoise in.wav -o out.wav --model waveglow/ --strength 0.05
       waveflow denoise spoken/ -o clean/ --model waveglow/ --bias silence
     """
-    import numpy as np
-    import torch
-
     from waveflow.audio.io import AUDIO_SUFFIXES, read_audio, write_audio
 
-    if noise is not None and (model is not None or bias is not None):
+    if noise is not None and (loading.model is not None or bias is not None):
         raise ConfigError("--noise takes the place of a model's: drop --model and --bias")
     jobs = plan_jobs(source, out, AUDIO_SUFFIXES, ".wav", force)
-    options.set_threads(threads)
     denoiser_at: Callable[[int], Denoiser]
     if noise is None:
-        wanted_rate, denoiser_at = _of_model(
-            options.load_vocoder(model, local_device(device), verify=verify), bias
-        )
+        wanted_rate, denoiser_at = _of_model(loading.load(), bias)
     else:
+        options.set_threads(loading.threads)
         wanted_rate, denoiser_at = None, _of_noise(noise)
     if strength is None:
         strength = _MODEL_STRENGTH if noise is None else _NOISE_STRENGTH
 
+    import numpy as np
+    import torch
+
     def work(path: Path, target: Path) -> None:
         recording, rate, changes = read_audio(path, wanted_rate)
-        if changes:
-            note(f"{path}: {', '.join(changes)}")
+        note_about(path, changes)
         denoised = denoiser_at(rate)(torch.from_numpy(recording), strength).numpy()
         if np.abs(denoised - recording).max() < _INAUDIBLE:
-            note(f"{path}: nothing to hear was removed; --noise takes a recording of its noise")
+            nothing = "nothing to hear was removed; --noise takes a recording of its noise"
+            note_about(path, [nothing])
         write_audio(target, denoised, rate, float32)
 
     run_jobs(jobs, work)
 
 
 def _of_model(vocoder: "Vocoder", bias: Bias | None) -> tuple[int, Callable[[int], "Denoiser"]]:
-    """The model's sample rate, and its denoiser, whatever the rate."""
+    """The model's sample rate, and a function of any rate that returns its denoiser."""
     denoiser = vocoder.denoiser(None if bias is None else bias.value)
     return vocoder.sample_rate, lambda rate: denoiser
 
 
 def _of_noise(path: Path) -> Callable[[int], "Denoiser"]:
-    """Denoisers for a recorded noise, by sample rate."""
+    """A function of a sample rate that returns the denoiser for a recorded noise."""
     import torch
 
     from waveflow.audio.denoise import Denoiser, n_fft_at
@@ -131,8 +124,8 @@ def _of_noise(path: Path) -> Callable[[int], "Denoiser"]:
     @lru_cache
     def denoiser_at(rate: int) -> Denoiser:
         samples = noise if rate == noise_rate else resample(noise, noise_rate, rate)
-        with about(path):
+        with errors_of(path):
             return Denoiser.of_noise(torch.from_numpy(samples), n_fft_at(rate))
 
-    denoiser_at(noise_rate)  # a noise that is too short is known before the first recording
+    denoiser_at(noise_rate)  # a noise that is too short is an error before the first recording
     return denoiser_at

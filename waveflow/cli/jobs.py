@@ -1,31 +1,30 @@
-"""One file to one file, or a folder of files to a folder: what vocode, resynth and mel share.
+"""Turns one file into one file, or a folder of files into a folder: for verbs that do both.
 
-Under torchrun each process makes its share of a folder's files; rank 0 reports for all of them.
+Under torchrun each process makes its share of a folder's files, and rank 0 reports for all.
 """
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import typer
 
-from waveflow.cli.console import note
+from waveflow.cli.console import counting, note
 from waveflow.cli.options import check_writable
-from waveflow.cli.shards import ALONE, Group, check_alone, join_group
 from waveflow.errors import AudioError, ConfigError, DataError, MelMismatchError
+from waveflow.processes import ALONE, Group, check_alone, join_group
 
 
 class Jobs(NamedTuple):
-    """What this process is to make.
+    """The outputs that this process has to make.
 
     Attributes:
         source: the input, a file or a folder.
-        out: the output, likewise.
-        names: of the output by that of the input, of this process's share of a folder job (there
-            may be millions); None for one file.
+        out: the output, a file or a folder.
+        names: for a folder, this process's share of it: output names by input names. There may be
+            millions, so they are plain strings. None for one file.
         n_kept: outputs of the share that are there already and stay.
         group: the processes that share the folder.
     """
@@ -43,15 +42,15 @@ def plan_jobs(
     """Pairs inputs and outputs, before anything is loaded or written.
 
     Args:
-        source: a file, or a folder whose files with one of the suffixes are meant.
+        source: a file, or a folder; of a folder, the files with one of the suffixes are inputs.
         out: the output file, or the folder of the outputs, which is made.
-        out_suffix: of the outputs in a folder.
-        force: whether outputs in a folder that are there already are made again.
+        out_suffix: suffix of the outputs in a folder.
+        force: whether to make outputs in a folder again that are there already.
 
     Raises:
-        DataError: the source is missing, or a folder without such a file.
-        ConfigError: an output is an input, two outputs are one, or `out` cannot be written; or
-            several processes are to make one file.
+        DataError: the source is missing, or is a folder without inputs.
+        ConfigError: an output is also an input, two inputs have one output, `out` cannot be
+            written, or several processes would make one file.
     """
     from waveflow.audio.io import list_names
 
@@ -78,17 +77,17 @@ def plan_jobs(
 def run_jobs(jobs: Jobs, work: Callable[[Path, Path], None]) -> None:
     """Calls `work(input, output)` for each pair.
 
-    A folder job goes on after a file that cannot be used, and reports at the end.
+    In a folder it goes on after a file that cannot be used, and reports at the end.
 
     Raises:
-        WaveflowError: of the one file.
+        WaveflowError: the one file cannot be used.
         typer.Exit: with status 2, if files of a folder could not be used.
     """
     if jobs.names is None:
         work(jobs.source, jobs.out)
         return
     bad = []
-    with jobs.group.counting("files") as progress:
+    with counting("files", jobs.group) as progress:
         for done, (name, target) in enumerate(jobs.names.items(), start=1):
             try:
                 work(jobs.source / name, jobs.out / target)
@@ -114,32 +113,18 @@ def _report(jobs: Jobs, n_written: int, n_kept: int, bad: list[str]) -> None:
 
 
 @contextmanager
-def about(source: Path | str) -> Iterator[None]:
-    """Names the source in what a vocoder says of its contents: warnings (as notes) and errors."""
-    from waveflow.engine.vocoder import VocoderWarning
+def errors_of(source: Path | str) -> Iterator[None]:
+    """Puts the source's name before errors about its content."""
+    try:
+        yield
+    except (AudioError, MelMismatchError) as error:
+        raise type(error)(f"{source}: {error}") from error
 
-    show = warnings.showwarning
 
-    def show_as_note(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        if issubclass(category, VocoderWarning):
-            note(f"{source}: {message}")
-        else:
-            show(message, category, filename, lineno, file, line)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", VocoderWarning)
-        warnings.showwarning = show_as_note
-        try:
-            yield
-        except (AudioError, MelMismatchError) as error:
-            raise type(error)(f"{source}: {error}") from error
+def note_about(source: Path | str, notes: Sequence[str]) -> None:
+    """Prints notes about a source, if there are any, as one line."""
+    if notes:
+        note(f"{source}: {', '.join(notes)}")
 
 
 def _make_folder(out: Path) -> None:
@@ -157,19 +142,19 @@ def _renamed(name: str, suffix: str) -> str:
 
 
 def _files_among(names: set[str], folder: Path) -> set[str]:
-    """Those of the names that are files of the folder, which is read once."""
+    """The names that are files of the folder; the folder is read once."""
     with os.scandir(folder) as entries:
         return {entry.name for entry in entries if entry.name in names and entry.is_file()}
 
 
 def _check_apart(source: Path, out: Path) -> None:
-    """The output may not be the input, under whatever name."""
+    """Refuses an output that is the input, whatever their names are."""
     if out.exists() and out.samefile(source):
         raise _also_an_input(out)
 
 
 def _check_one_to_one(source: Path, inputs: list[str], out_suffix: str) -> None:
-    """No output may be another's."""
+    """Refuses two inputs whose outputs would have one name."""
     makers: dict[str, str] = {}
     for name in inputs:
         target = _renamed(name, out_suffix)
@@ -182,10 +167,10 @@ def _check_one_to_one(source: Path, inputs: list[str], out_suffix: str) -> None:
 def _check_folders_apart(
     source: Path, inputs: list[str], out: Path, out_suffix: str, force: bool
 ) -> None:
-    """No output may be an input: in one and the same folder, or at the end of a link."""
-    # Without regard to case, as some file systems see it.
+    """Refuses an output that is an input: both in one folder, or an input that is a link to it."""
+    # Some file systems ignore case.
     present = {name.casefold() for name in inputs} if source.samefile(out) else set()
-    if force:  # else what is there stays
+    if force:  # otherwise existing outputs stay
         folder = os.path.realpath(out)
         paths = (os.path.join(source, name) for name in inputs)
         ends = (os.path.split(os.path.realpath(path)) for path in paths if os.path.islink(path))

@@ -1,4 +1,4 @@
-"""The command `waveflow`: its verbs, and what becomes of errors."""
+"""The command `waveflow`: collects its verbs, and turns errors into one line and a status."""
 
 import logging
 import sys
@@ -10,24 +10,26 @@ import typer
 
 from waveflow import __version__
 from waveflow.cli.bench import bench
-from waveflow.cli.console import NoteHandler, note
+from waveflow.cli.console import NoteHandler, note, show
 from waveflow.cli.convert import convert
 from waveflow.cli.denoise import denoise
+from waveflow.cli.evaluate import evaluate
+from waveflow.cli.info import info
+from waveflow.cli.options import flat
 from waveflow.cli.prepare import prepare
-from waveflow.cli.report import evaluate, info
 from waveflow.cli.synthesis import mel, resynth, vocode
-from waveflow.cli.training import train
+from waveflow.cli.train import train
 from waveflow.errors import WaveflowError
 
 DONE, OUR_FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
-# Base of all usage errors. Typer once used click's and now carries its own copy; this is the
-# way to it that both have.
+# Base of all usage errors. Older Typers use click's class and newer ones a copy of their own; both
+# can be reached this way.
 _UsageError = cast(type[Exception], typer.BadParameter.__base__)
 
 app = typer.Typer(
     add_completion=False,
-    # Plain text: it fits 80 columns everywhere and does not load rich.
+    # Plain text fits 80 columns everywhere and needs no rich.
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
@@ -35,7 +37,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"waveflow {__version__}")
+        show(f"waveflow {__version__}")
         raise typer.Exit
 
 
@@ -61,21 +63,21 @@ def _waveflow(
     """
     context.obj["debug"] = debug
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        show(context.get_help())
 
 
 for _verb in (vocode, resynth, mel, denoise, prepare, train, evaluate, bench, info, convert):
-    app.command()(_verb)
+    app.command()(flat(_verb))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: arguments without the program's name; None takes the process's.
+        argv: arguments without the program's name; None for those of the process.
 
     Returns:
-        Exit status: 0 done, 2 what the user gave is wrong, 1 a fault of ours, 130 interrupted.
+        Exit status: 0 done, 2 wrong input, 1 a fault of waveflow, 130 interrupted.
     """
     logger = logging.getLogger("waveflow")
     logger.handlers = [NoteHandler()]
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> int:
-    """One line for an error, and its exit status."""
+    """Prints an error as one line; returns the exit status."""
     if isinstance(error, _UsageError):
         note(error.format_message())  # type: ignore[attr-defined]
         return USER_ERROR

@@ -1,28 +1,33 @@
-"""Arguments that several verbs share, and what they mean."""
+"""Options that several verbs share."""
 
+import inspect
 import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from waveflow.errors import ConfigError
+from waveflow.processes import local_device
 
 if TYPE_CHECKING:
-    from waveflow.checkpoint import ModelConfig
+    from waveflow.engine.options import SynthesisOptions
     from waveflow.engine.vocoder import Vocoder
 
 
 class MelPreset(StrEnum):
-    """Names in `waveflow.audio.mel.MEL_PRESETS`, which --help must not import."""
+    """Names in `waveflow.audio.mel_config.MEL_PRESETS`, here for --help without imports."""
 
     hifigan = "hifigan"
     nvidia = "nvidia"
 
 
 class PrecisionName(StrEnum):
-    """Values of `waveflow.load`'s precision, which --help must not import."""
+    """Values of `waveflow.load`'s precision, here for --help without imports."""
 
     auto = "auto"
     float32 = "float32"
@@ -36,7 +41,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="NAME|PATH",
-        help="A model that ships, or the folder of a checkpoint or a run. Without it: the default.",
+        help="A model that ships, or the folder of a checkpoint or a run.",
     ),
 ]
 Sigma = Annotated[
@@ -46,7 +51,7 @@ Sigma = Annotated[
         min=0,
         max=10,
         metavar="X",
-        help="Standard deviation of the noise. Without it: the model's own.",
+        help="Standard deviation of the noise. Default: the model's own.",
     ),
 ]
 Refine = Annotated[
@@ -54,24 +59,25 @@ Refine = Annotated[
     typer.Option(
         "--refine",
         min=0,
-        max=4,
         metavar="K",
-        help="Mel refinement steps after the draw. Without it: the model's own.",
+        help="Mel refinement steps after the draw. Default: the model's own.",
     ),
 ]
 Seed = Annotated[
     int,
-    typer.Option("--seed", metavar="N", help="Of the noise: another seed is another draw."),
+    typer.Option("--seed", metavar="N", help="Seed of the noise: another seed, another draw."),
 ]
 Precision = Annotated[
     PrecisionName,
     typer.Option(
         "--precision",
-        help="Of the networks' products; int8 needs the extra `int8`, auto measures and says.",
+        help="Precision of matrix products. auto picks the faster of float32 and bfloat16 and says "
+        "which; int8 needs the extra `int8`.",
     ),
 ]
 Compile = Annotated[
-    bool, typer.Option("--compile", help="torch.compile: a slow first call, for long jobs.")
+    bool,
+    typer.Option("--compile", help="torch.compile: slow to start, for long jobs."),
 ]
 Denoise = Annotated[
     float | None,
@@ -84,12 +90,12 @@ Denoise = Annotated[
     ),
 ]
 Device = Annotated[
-    str, typer.Option("--device", metavar="NAME", help="Such as cpu, cuda, cuda:1 or mps.")
+    str, typer.Option("--device", metavar="NAME", help="Device, such as cpu, cuda, cuda:1 or mps.")
 ]
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", min=1, max=1024, metavar="N", help="CPU threads. Without it: torch's choice."
+        "--threads", min=1, max=1024, metavar="N", help="CPU threads. Default: torch's choice."
     ),
 ]
 Float = Annotated[
@@ -104,43 +110,89 @@ Verify = Annotated[
     ),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="In a folder job, also make outputs that are there already.")
+    bool, typer.Option("--force", help="Of a folder, also make outputs that are there already.")
 ]
 
 
-def load_vocoder(
-    model: str | None,
-    device: str = "cpu",
-    threads: int | None = None,
-    verify: bool = True,
-    precision: PrecisionName = PrecisionName.float32,
-    compile: bool = False,
-) -> "Vocoder":
-    """The vocoder that the options of the same names ask for."""
-    from waveflow.engine.vocoder import load
+@dataclass(frozen=True)
+class Loading:
+    """Which model to load, and where."""
 
-    set_threads(threads)
-    check_device(device)
-    if precision == PrecisionName.auto:
-        # The choice is logged.
-        logging.getLogger("waveflow.engine").setLevel(logging.INFO)
-    return load(model, verify, device, precision.value, compile)
+    model: Model = None
+    device: Device = "cpu"
+    threads: Threads = None
+    verify: Verify = True
+
+    def load(
+        self, precision: PrecisionName = PrecisionName.float32, compile: bool = False
+    ) -> "Vocoder":
+        """Loads the vocoder; under torchrun --device cuda is this process's own GPU."""
+        from waveflow.pretrained import model_folder
+
+        # A wrong name is an error before torch is imported.
+        folder = model_folder(self.model)
+        from waveflow.engine.vocoder import load
+
+        device = local_device(self.device)
+        set_threads(self.threads)
+        check_device(device)
+        if precision == PrecisionName.auto:
+            # The choice is logged.
+            logging.getLogger("waveflow.engine").setLevel(logging.INFO)
+        return load(folder, self.verify, device, precision.value, compile)
 
 
-def read_config(model: str | None) -> "ModelConfig":
-    """The config that --model asks for, without building the model."""
-    from waveflow.checkpoint import CONFIG, parse_config, read_files, resolve_run
-    from waveflow.pretrained import model_folder
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample the model."""
 
-    folder = resolve_run(model_folder(model), "best")
-    return parse_config(read_files(folder)[CONFIG], folder / CONFIG)
+    sigma: Sigma = None
+    refine: Refine = None
+    seed: Seed = 0
+
+    def options(self) -> "SynthesisOptions":
+        """Returns the options of the Python API.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        from waveflow.engine.options import SynthesisOptions
+
+        return SynthesisOptions(self.sigma, self.seed, self.refine)
+
+
+def flat(verb: Callable[..., None]) -> Callable[..., None]:
+    """Replaces a verb's parameters that are dataclasses of options by the dataclasses' fields.
+
+    Typer makes an option from each parameter, so verbs that share options can share a dataclass.
+    """
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for parameter in inspect.signature(verb, eval_str=True).parameters.values():
+        if is_dataclass(parameter.annotation):
+            groups[parameter.name] = parameter.annotation
+            parameters += inspect.signature(groups[parameter.name]).parameters.values()
+        else:
+            parameters.append(parameter)
+
+    def call(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        verb(**values)
+
+    # By name, so that options without a default may follow those that have one.
+    named = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    call.__name__, call.__doc__ = verb.__name__, verb.__doc__
+    call.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in named}
+    return call
 
 
 def set_threads(threads: int | None) -> None:
-    """Applies --threads."""
-    import torch
-
+    """Sets the number of CPU threads; None leaves torch's choice."""
     if threads is not None:
+        import torch
+
         torch.set_num_threads(threads)
 
 
@@ -149,7 +201,7 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        # Brought back, because a device that holds no values (meta) is of no use either.
+        # Copied back, which a device without values (meta) cannot do.
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -157,9 +209,7 @@ def check_device(device: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises ConfigError where a file surely cannot be written: found before the long work."""
-    import os
-
+    """Raises ConfigError if a file surely cannot be written, before the long work."""
     if path.is_dir():
         raise ConfigError(f"cannot write {path}: it is a folder")
     if not path.parent.is_dir():

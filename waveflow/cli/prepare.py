@@ -1,29 +1,31 @@
-"""`waveflow prepare`: recordings to a training cache."""
+"""`waveflow prepare`: makes a training cache from recordings."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from waveflow.cli.console import note
-from waveflow.cli.shards import ALONE, Group, join_group
+from waveflow.cli.console import counting, note, show
 from waveflow.errors import ConfigError
+from waveflow.processes import ALONE, Group, join_group
 
 if TYPE_CHECKING:
-    from waveflow.audio.mel import MelConfig
-    from waveflow.data.prepare import PrepareReport
+    from waveflow.audio.mel_config import MelConfig
+    from waveflow.data.report import PrepareReport
 
 
 def prepare(
     out: Annotated[
         Path,
-        typer.Option("-o", "--out", metavar="CACHE", help="The cache's folder; one is replaced."),
+        typer.Option(
+            "-o", "--out", metavar="CACHE", help="The cache's folder; an old cache is replaced."
+        ),
     ],
     corpora: Annotated[
         list[Path] | None,
         typer.Argument(
             metavar="CORPUS",
-            help="Folders in LJSpeech's layout or of audio files alone, or archives of such.",
+            help="Folders of recordings, in LJSpeech's layout or any other, or archives of them.",
         ),
     ] = None,
     download: Annotated[
@@ -52,21 +54,21 @@ def prepare(
             "--workers",
             min=1,
             metavar="N",
-            help="Processes. Without it: one per core, and one alone under torchrun.",
+            help="Processes. Default: one per core; under torchrun the process alone.",
         ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Also read again what is done already.")
     ] = False,
 ) -> None:
-    """Recordings to a training cache: resampled audio and its F0.
+    """Makes a training cache from recordings: resampled audio and its F0.
 
     A corpus is a folder with metadata.csv (lines ID|text), wavs/ and, if you like,
-    val.txt (ids to keep out of training); or just a folder of audio files, with
-    folders in it or not. An archive (.tar.bz2, .tar.gz, .zip) is unpacked beside
-    CACHE. Files that cannot be used are left out and listed, there and in
-    CACHE/report.json. A run that was interrupted goes on where it stopped, and
-    torchrun shares the work over its processes.
+    val.txt (ids to keep out of training). A folder of audio files alone is one too;
+    it may hold folders. An archive (.tar.bz2, .tar.gz, .zip) is unpacked beside
+    CACHE. Files that cannot be used are left out and listed, on the screen and in
+    CACHE/report.json. An interrupted run goes on where it stopped. Under torchrun
+    the processes share the work.
 
     With --mels (bands, frames; natural logarithms; aligned with the recordings), a
     clip whose mel is missing, or off by more than 3 frames, is left out and listed.
@@ -79,26 +81,22 @@ def prepare(
       waveflow prepare LJSpeech-1.1 -o data/tuned --mels tacotron-mels
       torchrun --nproc-per-node 8 -m waveflow prepare VCTK -o data/vctk
     """
+    if not corpora and not download:
+        raise ConfigError("nothing to prepare: name a CORPUS, or give --download for LJSpeech-1.1")
     settings = _mel_settings(mel)
     group = join_group()
     corpora = list(corpora or [])
     if download:
         from waveflow.data.archives import download_ljspeech
 
-        corpora.append(download_ljspeech(out.absolute().parent, is_first=group.rank == 0))
-    if not corpora:
-        raise ConfigError("nothing to prepare: name a CORPUS, or give --download for LJSpeech-1.1")
+        beside = out.absolute().parent
+        corpora.append(group.main_first("download", lambda: download_ljspeech(beside)))
     if workers is None and group.world_size > 1:
         workers = 1
-    if group.rank:
-        from waveflow.data.prepare import prepare_shard
-
-        kept = prepare_shard(corpora, out, settings, group[:2], workers, force, mels)
-        group.gather("prepare", kept)
-        return
-    report = make_cache(corpora, out, settings, workers, force, group, mels)
-    for line in (f"{out}: {report.amounts()}", *report.lines()):
-        print(line)
+    report = make_cache(corpora, out, settings, workers, force, mels, group)
+    if group.rank == 0:
+        for line in (f"{out}: {report.amounts()}", *report.lines()):
+            show(line)
 
 
 def make_cache(
@@ -107,29 +105,24 @@ def make_cache(
     mel: "MelConfig",
     workers: int | None = None,
     force: bool = False,
-    group: Group = ALONE,
     mels: Path | None = None,
+    group: Group = ALONE,
 ) -> "PrepareReport":
-    """`waveflow.data.prepare.prepare` with a progress bar, as rank 0 of a group."""
+    """`waveflow.data.prepare.prepare` with a progress bar."""
     from waveflow.data.prepare import prepare as prepare_cache
 
-    def wait() -> int:
-        return sum(group.gather("prepare", 0) or [])
-
-    with group.counting("preparing") as progress:
-        return prepare_cache(
-            corpora, out, mel, progress, workers, force, group.world_size, wait, mels
-        )
+    with counting("preparing", group) as progress:
+        return prepare_cache(corpora, out, mel, progress, workers, force, mels, group)
 
 
 def note_report(report: "PrepareReport") -> None:
-    """The report as notes on stderr."""
+    """Prints the report as notes."""
     for line in (f"prepared {report.amounts()}", *report.lines()):
         note(line)
 
 
 def _mel_settings(name: str) -> "MelConfig":
-    from waveflow.audio.mel import MEL_PRESETS
+    from waveflow.audio.mel_config import MEL_PRESETS
 
     if name in MEL_PRESETS:
         return MEL_PRESETS[name]

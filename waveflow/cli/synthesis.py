@@ -1,24 +1,26 @@
-"""`waveflow vocode`, `resynth` and `mel`: files to files, or pipes to pipes."""
+"""`waveflow vocode`, `resynth` and `mel`: between recordings, mels and speech."""
 
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from waveflow.cli import options
-from waveflow.cli.console import note
-from waveflow.cli.jobs import about, plan_jobs, run_jobs
-from waveflow.cli.shards import check_alone, local_device
+from waveflow.cli.jobs import errors_of, note_about, plan_jobs, run_jobs
 from waveflow.errors import ConfigError, MelMismatchError
+from waveflow.processes import check_alone
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
-    from waveflow.audio.mel import MelConfig
+    from waveflow.audio.mel_config import MelConfig
+    from waveflow.engine.vocoder import Vocoder
 
 PIPE = Path("-")
 
@@ -29,6 +31,38 @@ Audio = Annotated[
     Path,
     typer.Option("-o", "--out", metavar="OUT", help="A .wav or .flac file; a folder for a folder."),
 ]
+
+
+@dataclass(frozen=True)
+class Speaking(options.Sampling, options.Loading):
+    """The options of verbs that write speech."""
+
+    precision: options.Precision = options.PrecisionName.float32
+    compile: options.Compile = False
+    denoise: options.Denoise = None
+    float32: options.Float = False
+    force: options.Force = False
+
+    def vocoder(self) -> "Vocoder":
+        """Loads the vocoder, after a check of the sampling options."""
+        self.options()
+        return self.load(self.precision, self.compile)
+
+    def speak(
+        self,
+        vocoder: "Vocoder",
+        mel: "np.ndarray | Tensor",
+        source: Path,
+        n_samples: int | None = None,
+    ) -> "np.ndarray":
+        """Returns the first samples of a mel's speech; notes and errors name the source."""
+        with errors_of(source):
+            speech = vocoder.synthesise(mel, self.options())
+            audio = speech.audio[:n_samples]
+            if self.denoise is not None:
+                audio = vocoder.denoise(audio, self.denoise)
+        note_about(source, speech.notes)
+        return audio.cpu().numpy()
 
 
 def vocode(
@@ -47,30 +81,20 @@ def vocode(
             help="A .wav or .flac file; a folder for a folder; - for stdout.",
         ),
     ],
-    model: options.Model = None,
-    sigma: options.Sigma = None,
-    refine: options.Refine = None,
-    seed: options.Seed = 0,
-    device: options.Device = "cpu",
-    threads: options.Threads = None,
-    precision: options.Precision = options.PrecisionName.float32,
-    compile: options.Compile = False,
-    denoise: options.Denoise = None,
-    float32: options.Float = False,
-    force: options.Force = False,
-    verify: options.Verify = True,
+    speaking: Speaking,
 ) -> None:
     """Mel spectrograms to speech.
 
     A mel is an array (bands, frames) of natural logarithms: .npy, .npz with one
     array or one named `mel`, or .pt with one tensor. A folder becomes a folder of
-    .wav files; those that are there already are kept. The processes of a torchrun
-    share the folder, each with a GPU of its own for --device cuda.
+    .wav files; those that are there already are kept. Under torchrun the processes
+    share the folder, and --device cuda gives each its own GPU.
 
     With `-` for the input, .npy arrays are read from stdin, one after another, as
-    numpy.save writes them: pieces of one mel, spoken as soon as they are final.
-    With `-o -`, samples go to stdout as they are made, without a header: 16-bit
-    integers, or 32-bit floats with --float, little-endian, one channel.
+    numpy.save writes them. They are pieces of one mel, and are spoken as soon as
+    the audio is final. With `-o -`, samples go to stdout as they are made, without
+    a header: 16-bit integers, or 32-bit floats with --float, little-endian, one
+    channel.
 
     \b
     Examples:
@@ -79,55 +103,55 @@ def vocode(
       waveflow vocode mels/ -o wavs/ --model runs/x --device cuda
       cat mel.npy | waveflow vocode - -o - | aplay -t raw -f S16_LE -r 22050
     """
-    from waveflow.audio.io import (
-        MEL_SUFFIXES,
-        check_audio_name,
-        read_mel,
-        read_mels,
-        write_audio,
-    )
+    from waveflow.audio.io import MEL_SUFFIXES, check_audio_name, read_mel, write_audio
 
-    device = local_device(device)
     if PIPE in (source, out):
-        check_alone("a pipe")
-        if denoise is not None:
-            raise ConfigError("--denoise works on whole files, not on a pipe: leave it out")
-        if source.is_dir():
-            raise ConfigError(f"{source} is a folder: name a folder for its outputs, not -")
-        if source != PIPE and not source.exists():
-            raise MelMismatchError(f"{source} does not exist")
-        if out != PIPE:
-            check_audio_name(out, float32)
-            options.check_writable(out)
-        for stream in (sys.stdin, sys.stdout):
-            if stream is None:
-                raise ConfigError("- stands for stdin and stdout, and one of them is closed")
-        vocoder = options.load_vocoder(model, device, threads, verify, precision, compile)
-        name = "stdin" if source == PIPE else str(source)
-        mels = read_mels(sys.stdin.buffer) if source == PIPE else [read_mel(source)]
-        with _opened(out, vocoder.sample_rate, float32) as write, about(name):
-            for piece in vocoder.stream(mels, sigma=sigma, seed=seed, refine=refine):
-                write(piece.cpu().numpy())
+        _stream(source, out, speaking)
         return
-    jobs = plan_jobs(source, out, MEL_SUFFIXES, ".wav", force)
+    jobs = plan_jobs(source, out, MEL_SUFFIXES, ".wav", speaking.force)
     if not source.is_dir():
-        check_audio_name(out, float32)
-    vocoder = options.load_vocoder(model, device, threads, verify, precision, compile)
+        check_audio_name(out, speaking.float32)
+    vocoder = speaking.vocoder()
 
     def work(path: Path, target: Path) -> None:
-        mel = read_mel(path)
-        with about(path):
-            audio = vocoder(mel, sigma=sigma, seed=seed, refine=refine)
-            if denoise is not None:
-                audio = vocoder.denoise(audio, denoise)
-        write_audio(target, audio.cpu().numpy(), vocoder.sample_rate, float32)
+        audio = speaking.speak(vocoder, read_mel(path), path)
+        write_audio(target, audio, vocoder.sample_rate, speaking.float32)
 
     run_jobs(jobs, work)
 
 
+def _stream(source: Path, out: Path, speaking: Speaking) -> None:
+    """Does `vocode` where the source or the output is a pipe."""
+    from waveflow.audio.io import check_audio_name, read_mel, read_mels
+
+    check_alone("a pipe")
+    if speaking.denoise is not None:
+        raise ConfigError("--denoise works on whole files, not on a pipe: leave it out")
+    if source.is_dir():
+        raise ConfigError(f"{source} is a folder: name a folder for its outputs, not -")
+    if source != PIPE and not source.exists():
+        raise MelMismatchError(f"{source} does not exist")
+    if out != PIPE:
+        check_audio_name(out, speaking.float32)
+        options.check_writable(out)
+    for stream in (sys.stdin, sys.stdout):
+        if stream is None:
+            raise ConfigError("- stands for stdin and stdout, and one of them is closed")
+    vocoder = speaking.vocoder()
+    name = "stdin" if source == PIPE else str(source)
+    mels = read_mels(sys.stdin.buffer) if source == PIPE else [read_mel(source)]
+
+    def on_note(message: str) -> None:
+        note_about(name, [message])
+
+    with _opened(out, vocoder.sample_rate, speaking.float32) as write, errors_of(name):
+        for piece in vocoder.stream(mels, speaking.options(), on_note=on_note):
+            write(piece.cpu().numpy())
+
+
 @contextmanager
 def _opened(out: Path, sample_rate: int, float32: bool) -> "Iterator[Callable[[np.ndarray], None]]":
-    """Gives a function that writes the next audio to a file, or as raw samples to stdout."""
+    """Yields a function that writes the next audio to a file, or as raw samples to stdout."""
     from waveflow.audio.io import open_audio, to_int16
 
     if out != PIPE:
@@ -143,34 +167,19 @@ def _opened(out: Path, sample_rate: int, float32: bool) -> "Iterator[Callable[[n
     try:
         yield write
     except BrokenPipeError:
-        # Who listened has heard enough. What Python flushes as it ends must not fail again.
+        # The listener has closed the pipe. Python flushes stdout as it ends, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         raise ConfigError(f"cannot write to stdout: {error.strerror}") from error
 
 
-def resynth(
-    source: Recordings,
-    out: Audio,
-    model: options.Model = None,
-    sigma: options.Sigma = None,
-    refine: options.Refine = None,
-    seed: options.Seed = 0,
-    device: options.Device = "cpu",
-    threads: options.Threads = None,
-    precision: options.Precision = options.PrecisionName.float32,
-    compile: options.Compile = False,
-    denoise: options.Denoise = None,
-    float32: options.Float = False,
-    force: options.Force = False,
-    verify: options.Verify = True,
-) -> None:
+def resynth(source: Recordings, out: Audio, speaking: Speaking) -> None:
     """Copy-synthesis: a recording's mel, then new speech from the mel alone.
 
     The copy has the recording's length, at the model's sample rate. Other rates are
     resampled and channels mixed down. A folder becomes a folder of .wav files;
-    those that are there already are kept. The processes of a torchrun share the
-    folder, each with a GPU of its own for --device cuda.
+    those that are there already are kept. Under torchrun the processes share the
+    folder, and --device cuda gives each its own GPU.
 
     \b
     Examples:
@@ -180,19 +189,17 @@ def resynth(
     """
     from waveflow.audio.io import AUDIO_SUFFIXES, check_audio_name, read_audio, write_audio
 
-    jobs = plan_jobs(source, out, AUDIO_SUFFIXES, ".wav", force)
+    jobs = plan_jobs(source, out, AUDIO_SUFFIXES, ".wav", speaking.force)
     if not source.is_dir():
-        check_audio_name(out, float32)
-    vocoder = options.load_vocoder(model, local_device(device), threads, verify, precision, compile)
+        check_audio_name(out, speaking.float32)
+    vocoder = speaking.vocoder()
 
     def work(path: Path, target: Path) -> None:
         recording, _, changes = read_audio(path, vocoder.sample_rate)
-        _note_changes(path, changes)
-        with about(path):
-            audio = vocoder.resynth(recording, sigma=sigma, seed=seed, refine=refine)
-            if denoise is not None:
-                audio = vocoder.denoise(audio, denoise)
-        write_audio(target, audio.cpu().numpy(), vocoder.sample_rate, float32)
+        note_about(path, changes)
+        mel = vocoder.mel_to_copy(recording)
+        audio = speaking.speak(vocoder, mel, path, len(recording))
+        write_audio(target, audio, vocoder.sample_rate, speaking.float32)
 
     run_jobs(jobs, work)
 
@@ -222,34 +229,33 @@ def mel(
       waveflow mel in.wav -o mel.npy --preset nvidia
       waveflow mel recordings/ -o mels/ --model runs/x
     """
-    import torch
-
     from waveflow.audio.io import AUDIO_SUFFIXES, read_audio, write_mel
-    from waveflow.audio.mel import MelSpectrogram
 
     jobs = plan_jobs(source, out, AUDIO_SUFFIXES, ".npy", force)
     config = _mel_config(model, preset)
+
+    import torch
+
+    from waveflow.audio.mel import MelSpectrogram
+
     options.set_threads(threads)
     spectrogram = MelSpectrogram(config)
 
     def work(path: Path, target: Path) -> None:
         recording, _, changes = read_audio(path, config.sample_rate)
-        _note_changes(path, changes)
+        note_about(path, changes)
         write_mel(target, spectrogram(torch.from_numpy(recording)).numpy())
 
     run_jobs(jobs, work)
 
 
 def _mel_config(model: str | None, preset: options.MelPreset | None) -> "MelConfig":
-    from waveflow.audio.mel import MEL_PRESETS
+    from waveflow.audio.mel_config import MEL_PRESETS
+    from waveflow.model_files import read_card
+    from waveflow.pretrained import model_folder
 
     if preset is None:
-        return options.read_config(model).mel
+        return read_card(model_folder(model)).mel
     if model is not None:
         raise ConfigError("--model and --preset both choose the mel settings: give one of them")
     return MEL_PRESETS[preset]
-
-
-def _note_changes(path: Path, changes: list[str]) -> None:
-    if changes:
-        note(f"{path}: {', '.join(changes)}")

@@ -9,31 +9,33 @@ A cache is a folder with these files:
 - `manifest.json`: where each clip lies, and the hashes of the arrays.
 - `report.json`: describes the recordings.
 
-`waveflow.data.prepare` writes it. Reading it needs no audio library.
+`waveflow.data.prepare` writes it. Reading it needs no audio library, and writing it no torch.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
-from torch import Tensor
 
-from waveflow.audio.dequantise import STEP_16_BIT
 from waveflow.audio.f0 import F0_CEILING_HZ, F0_FLOOR_HZ
-from waveflow.audio.mel import MelConfig, MelSpectrogram
+from waveflow.audio.mel_config import MelConfig
 from waveflow.data.corpus import Split
 from waveflow.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 AUDIO_FILE = "audio.npy"
 F0_FILE = "f0.npy"
 MEL_FILE = "mel.npy"
 MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
+
+_FULL_SCALE = 32768
 
 
 class _Frozen(BaseModel):
@@ -136,7 +138,7 @@ class TrainingCache:
             return None
         return self._mel[clip.frame_offset : clip.frame_offset + clip.frames]
 
-    def val_clips(self) -> Iterator[tuple[CachedClip, Tensor, Tensor | None]]:
+    def val_clips(self) -> "Iterator[tuple[CachedClip, Tensor, Tensor | None]]":
         """Yields each validation clip, its audio (samples,) in [-1, 1) and its given mel.
 
         The mel is (n_mels, frames), or None if no mels were given.
@@ -150,6 +152,10 @@ class TrainingCache:
         It looks at 200 clips at most. A model carries this range in its config, to recognise mels
         of another convention.
         """
+        import torch
+
+        from waveflow.audio.mel import MelSpectrogram
+
         clips = self.clips("train")
         spectrogram = MelSpectrogram(config)
         lows = torch.full((config.n_mels,), math.inf)
@@ -161,9 +167,11 @@ class TrainingCache:
             highs = torch.maximum(highs, frames.amax(1))
         return tuple(lows.tolist()), tuple(highs.tolist())
 
-    def _tensors(self, clip: CachedClip) -> tuple[Tensor, Tensor | None]:
+    def _tensors(self, clip: CachedClip) -> "tuple[Tensor, Tensor | None]":
         """A clip's audio (samples,) in [-1, 1) and the mel (n_mels, frames) that was given."""
-        audio = torch.from_numpy(self.audio(clip).astype(np.float32) * STEP_16_BIT)
+        import torch
+
+        audio = torch.from_numpy(self.audio(clip).astype(np.float32) / _FULL_SCALE)
         given = self.mel(clip)
         return audio, None if given is None else torch.from_numpy(given.T.copy())
 
@@ -192,8 +200,8 @@ class TrainingCache:
 
 
 def given_or_computed(
-    given: Tensor | None, audio: Tensor, spectrogram: Callable[[Tensor], Tensor]
-) -> Tensor:
+    given: "Tensor | None", audio: "Tensor", spectrogram: "Callable[[Tensor], Tensor]"
+) -> "Tensor":
     """The mel that a run trains on: the one given with the data, else the mel of the audio.
 
     Training, validation and the model's mel range all ask this function.

@@ -1,4 +1,4 @@
-"""One recording for the training cache: read, measured, refused or taken.
+"""Reads and measures one recording for the training cache, and takes or refuses it.
 
 Workers of `prepare` import this module, so it does not import torch.
 """
@@ -15,16 +15,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 
-from waveflow.audio.io import (
-    MEL_SUFFIXES,
-    atomic_path,
-    read_audio,
-    read_mel,
-    resample,
-    to_int16,
-)
-from waveflow.data.f0 import track_f0
+from waveflow.audio.f0 import track_f0
+from waveflow.audio.io import MEL_SUFFIXES, read_audio, read_mel, resample, to_int16
 from waveflow.errors import AudioError, DataError, MelMismatchError
+from waveflow.files import atomic_path
 
 Reason = Literal[
     "unreadable",
@@ -38,15 +32,16 @@ Reason = Literal[
     "mel length",
 ]
 
-# -60 dB below full scale: the noise of a quiet room lies there, no speech does.
+# 60 dB below full scale: the level of noise in a quiet room, and of no speech.
 SILENCE_RMS = 1e-3
-# Of a clip's samples; loud recordings touch full scale now and then, distorted ones stay there.
+# Share of a clip's samples. Loud recordings touch full scale briefly, distorted ones stay there.
 MOST_CLIPPED = 0.01
 
-# Frames. Acoustic models under teacher forcing differ at a clip's end; more is another clip's mel.
+# Frames. Acoustic models under teacher forcing miss a clip's end by a few; a mel that misses it by
+# more belongs to another clip.
 MOST_FRAMES_OFF = 3
 
-# What reading a part that is cut short or overwritten can raise.
+# Errors of reading a part that is cut short or overwritten.
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 # The greatest positive 16-bit sample, with room for rounding.
@@ -54,17 +49,17 @@ _FULL_SCALE = 32766.5 / 32768
 
 
 class ClipFacts(BaseModel):
-    """What a recording is, as the report tells.
+    """Facts about a recording, as the report has them.
 
     Attributes:
-        file: where it was read from.
+        file: path of the recording.
         key: hash of the file's path, size and time and of the cache's settings.
-        sha256: of the cached audio, for duplicates.
+        sha256: hash of the cached audio, by which duplicates are found.
         samples, frames: length in the cache.
-        source_rate: of the file, in Hz.
+        source_rate: sample rate of the file, in Hz.
         silence: share of its hops below -60 dB of full scale.
         clipped: share of the file's samples that stay at full scale, three in a row or more.
-        notes: what reading did to it (mixed down, resampled).
+        notes: changes on reading (mixed down, resampled).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,7 +81,7 @@ class Clip(NamedTuple):
     Attributes:
         audio: (T,) int16.
         f0: (frames,) float32, with T // hop_length frames.
-        mel: (frames, n_mels) float32, where one was given.
+        mel: (frames, n_mels) float32; None if no mels were given.
     """
 
     facts: ClipFacts
@@ -105,12 +100,12 @@ class Refusal(BaseModel):
 
 
 class GivenMel(NamedTuple):
-    """The mel that an acoustic model wrote for a recording, to train on in place of its own.
+    """The mel that an acoustic model wrote for a recording; training takes it instead of its own.
 
     Attributes:
-        stem: the file without its suffix, the first of `MEL_SUFFIXES` that is there.
-        n_mels: bands that it must have.
-        extra_frames: frames that it has beyond the recording's whole hops: one if centred.
+        stem: path of the file without its suffix.
+        n_mels: expected number of bands.
+        extra_frames: frames beyond the recording's whole hops: 1 for a centred mel, else 0.
     """
 
     stem: Path
@@ -118,21 +113,21 @@ class GivenMel(NamedTuple):
     extra_frames: int
 
     def path(self) -> Path | None:
-        """The file, if there is one."""
+        """Returns the file with the first of `MEL_SUFFIXES` that exists, or None."""
         paths = [Path(f"{self.stem}{suffix}") for suffix in MEL_SUFFIXES]
         return next((path for path in paths if path.is_file()), None)
 
 
 class ClipTask(NamedTuple):
-    """A recording to be read, and where its result goes.
+    """A recording to read, and the place of its result.
 
     Attributes:
         path: the recording.
-        key: names the result in `parts`.
-        parts: folder of results.
-        sample_rate: of the cache, in Hz.
-        hop_length: of the cache, in samples.
-        mel: None to keep no mel.
+        key: name of the result in `parts`.
+        parts: folder of the results.
+        sample_rate: sample rate of the cache, in Hz.
+        hop_length: hop of the cache, in samples.
+        mel: the mel to keep with it; None for none.
     """
 
     path: Path
@@ -146,7 +141,7 @@ class ClipTask(NamedTuple):
 def clip_key(
     path: Path, sample_rate: int, hop_length: int, f0_settings: dict, mel: GivenMel | None
 ) -> str:
-    """A name for what becomes of a file: another one once it, its mel or a setting changes."""
+    """Returns a name for the result of a file, which changes with it, its mel or a setting."""
     parts: list[object] = [*_version(path), sample_rate, hop_length, f0_settings]
     if mel is not None:
         mel_path = mel.path()
@@ -160,7 +155,7 @@ def _version(path: Path) -> list[str | int]:
 
 
 def end_with_parent() -> None:
-    """Ends this worker when the process that started it is killed: a pool alone waits for ever."""
+    """Ends this worker if its parent is killed, instead of letting it wait forever."""
     parent = parent_process()
     if parent is None:
         return
@@ -173,7 +168,7 @@ def end_with_parent() -> None:
 
 
 def make_part(task: ClipTask) -> None:
-    """Reads a recording and writes what becomes of it, whole or not at all.
+    """Reads a recording and writes its clip or its refusal, as a whole file or not at all.
 
     Raises:
         ConfigError: pyworld is not installed.
@@ -192,7 +187,11 @@ def make_part(task: ClipTask) -> None:
 
 
 def read_clip(task: ClipTask) -> Clip | Refusal:
-    """Reads a recording, measures it, resamples it and tracks its F0."""
+    """Reads a recording, measures it, resamples it and tracks its F0.
+
+    Raises:
+        ConfigError: pyworld is not installed.
+    """
     path, hop = task.path, task.hop_length
     mel = None if task.mel is None else _read_given(task.mel)
     if isinstance(mel, Refusal):
@@ -258,7 +257,7 @@ def _read_given(mel: GivenMel) -> np.ndarray | Refusal:
 
 
 def clipped_share(audio: np.ndarray) -> float:
-    """Share of the samples of audio (T,) in runs of three or more at full scale."""
+    """Returns the share of samples of audio (T,) in runs of three or more at full scale."""
     full = np.abs(audio) >= _FULL_SCALE
     middle = full[:-2] & full[1:-1] & full[2:]
     in_run = np.zeros(len(audio), bool)
@@ -268,13 +267,13 @@ def clipped_share(audio: np.ndarray) -> float:
 
 
 def silent_share(audio: np.ndarray, hop_length: int) -> float:
-    """Share of the whole hops of audio (T,) below -60 dB of full scale."""
+    """Returns the share of whole hops of audio (T,) below -60 dB of full scale."""
     hops = audio[: len(audio) // hop_length * hop_length].reshape(-1, hop_length)
     return float((np.square(hops, dtype=np.float64).mean(1) < SILENCE_RMS**2).mean())
 
 
 def read_result(parts: Path, key: str) -> ClipFacts | Refusal:
-    """What `make_part` found out, without its audio.
+    """Reads the facts or the refusal that `make_part` wrote, without the audio.
 
     Raises:
         DataError: the part is missing or damaged.
@@ -289,15 +288,15 @@ def read_result(parts: Path, key: str) -> ClipFacts | Refusal:
         raise _damaged(parts, key) from error
 
 
-def read_arrays(parts: Path, key: str) -> dict[str, np.ndarray]:
-    """The arrays of a `Clip` that `make_part` wrote, by name: audio, f0, and mel where given.
+def read_array(parts: Path, key: str, name: str) -> np.ndarray:
+    """Reads an array of a `Clip` that `make_part` wrote: audio, f0, or mel where one was given.
 
     Raises:
         DataError: the part is missing or damaged.
     """
     try:
         with np.load(parts / f"{key}.npz", allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files if name != "facts"}
+            return arrays[name]
     except _UNREADABLE as error:
         raise _damaged(parts, key) from error
 

@@ -1,6 +1,7 @@
-"""Corpora of recorded speech on disk: LJSpeech's layout, or just a folder of audio files."""
+"""Finds the recordings of a corpus on disk: LJSpeech's layout, or a folder of audio files."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ from waveflow.errors import DataError
 
 Split = Literal["train", "val"]
 
-# Of two files of one id the first suffix wins.
+# If two files have one id, the earlier suffix in this list wins.
 CORPUS_SUFFIXES = (".wav", ".flac", ".aiff", ".aif", ".ogg", ".opus", ".mp3")
 
 VAL_FRACTION = 0.02
@@ -17,7 +18,7 @@ VAL_FRACTION = 0.02
 
 @dataclass(frozen=True)
 class CorpusClip:
-    """One recording of a corpus: its id, its file, and whether it is kept out of training."""
+    """One recording of a corpus: its id, its file, and whether it trains or validates."""
 
     id: str
     path: Path
@@ -29,9 +30,9 @@ class Corpus:
     """A corpus on disk.
 
     Attributes:
-        name: of its folder.
-        clips: in the corpus's own order.
-        ignored: audio files that are no clips, each with the reason.
+        name: name of its folder.
+        clips: recordings in the corpus's own order.
+        ignored: audio files that are not used, each with the reason.
     """
 
     name: str
@@ -44,9 +45,9 @@ def read_corpus(folder: Path) -> Corpus:
 
     LJSpeech's layout is `metadata.csv` with lines `ID|text|...`, `wavs/ID.wav` (or another kind of
     audio file), and optionally `val.txt`, the ids to keep out of training, one a line. A folder of
-    audio files without `metadata.csv`, with folders in it or not, is a corpus too; its ids are the
-    files' paths in it without their suffixes, in sorted order. Without `val.txt` about 2 % of the
-    clips, chosen by a hash of their ids, are for validation.
+    audio files without `metadata.csv` is a corpus too; it may hold folders. Its ids are the files'
+    paths in it without suffixes, in sorted order. Without `val.txt` about 2 % of the clips, chosen
+    by a hash of their ids, are for validation.
 
     Args:
         folder: the corpus's folder.
@@ -80,8 +81,8 @@ def read_corpus(folder: Path) -> Corpus:
 def val_ids(ids: list[str]) -> set[str]:
     """Chooses about 2 % of the ids for validation, the same ones every time.
 
-    Each id decides for itself by its hash, so clips that are added to a corpus or removed from it
-    do not move the others. Of two ids or more at least one is chosen, and never all.
+    The hash of an id decides about this id alone, so clips that are added or removed do not move
+    the others. At least one id is chosen if there are two, and never all.
     """
     position = {i: int(hashlib.sha256(i.encode()).hexdigest()[:8], 16) / 2**32 for i in ids}
     ranked = sorted(position, key=lambda i: (position[i], i))
@@ -89,8 +90,26 @@ def val_ids(ids: list[str]) -> set[str]:
     return set(ranked[: min(max(chosen, 1), len(ranked) - 1)])
 
 
+def select_ids(files: Sequence[Path], ids_file: Path) -> list[Path]:
+    """Returns the files whose names without suffix are in a list, one a line, such as val.txt.
+
+    Raises:
+        DataError: the list cannot be read, or names a file that is not there.
+    """
+    try:
+        ids = ids_file.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{ids_file} cannot be read as a list of ids: {error}") from error
+    by_id = {path.stem: path for path in files}
+    if absent := [name for name in ids if name not in by_id]:
+        raise DataError(
+            f"{ids_file} names {len(absent)} clips that are not there: {absent[0]}, ..."
+        )
+    return [by_id[name] for name in ids]
+
+
 def _check_no_corpora_in(folder: Path) -> None:
-    """A folder of corpora is not one corpus: their own val.txt would be ignored."""
+    """Refuses a folder of corpora: read as one corpus, each val.txt in it would be ignored."""
     inner = sorted(path.parent.name for path in folder.glob("*/metadata.csv"))
     if inner:
         raise DataError(
@@ -100,7 +119,7 @@ def _check_no_corpora_in(folder: Path) -> None:
 
 
 def _audio_files(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
-    """Audio files below a folder by id, and those whose id another one has; no hidden ones."""
+    """Audio files below a folder by id, and those whose id is taken; hidden ones are left out."""
     found = [
         path.relative_to(folder)
         for path in folder.rglob("*")
@@ -118,7 +137,7 @@ def _audio_files(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, str]]]
 
 
 def _metadata_ids(metadata: Path, files: dict[str, Path]) -> list[str]:
-    # Only the ids matter here, so a text in another encoding is no reason to stop.
+    # Only the ids matter, so a text in another encoding may be read wrongly.
     lines = metadata.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     ids = list(dict.fromkeys(line.split("|")[0].strip() for line in lines if line.strip()))
     ids = [i.removesuffix(Path(i).suffix) if Path(i).suffix in CORPUS_SUFFIXES else i for i in ids]

@@ -1,28 +1,26 @@
-"""From corpora of audio files to a training cache, in one process or in many.
+"""Turns corpora of audio files into a training cache, in one process or in many.
 
-Each recording becomes a part, a file beside the cache that is there whole or not at all; when all
-are there they are joined. So an interrupted `prepare` goes on where it stopped, and processes that
-share the work need a common disk, and to tell when they are done.
+Each recording becomes a part, a file in a folder beside the cache. When all parts are there, they
+are joined. So an interrupted `prepare` goes on where it stopped. Processes on several machines
+need a disk in common.
 """
 
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy_format
 from pydantic import ValidationError
 
-from waveflow.audio.io import atomic_path
-from waveflow.audio.mel import MelConfig
+from waveflow.audio.mel_config import MelConfig
 from waveflow.data.archives import unpack
 from waveflow.data.cache import (
     AUDIO_FILE,
@@ -44,12 +42,14 @@ from waveflow.data.clips import (
     clip_key,
     end_with_parent,
     make_part,
-    read_arrays,
+    read_array,
     read_result,
 )
 from waveflow.data.corpus import Corpus, CorpusClip, read_corpus
 from waveflow.data.report import LeftOut, PrepareReport, make_report
 from waveflow.errors import DataError
+from waveflow.files import atomic_path
+from waveflow.processes import ALONE, Group
 
 Progress = Callable[[int, int], None]
 
@@ -61,68 +61,48 @@ def prepare(
     progress: Progress | None = None,
     workers: int | None = None,
     force: bool = False,
-    n_shards: int = 1,
-    wait: Callable[[], int] = lambda: 0,
     mels: Path | None = None,
+    group: Group = ALONE,
 ) -> PrepareReport:
     """Reads corpora, resamples them, tracks F0, and writes a training cache.
 
-    Recordings that cannot be used are left out and listed. What an earlier call has done, whether
-    it was interrupted or not, is kept for files that have not changed. The cache is replaced when
-    the new one is complete; its contents do not depend on who did the work.
+    Recordings that cannot be used are left out and listed. The results of an earlier call, finished
+    or interrupted, are kept for files that have not changed. The cache is replaced when the new one
+    is complete. Its contents do not depend on the number of processes.
 
     Args:
-        corpora: folders that `read_corpus` understands, or archives of such.
+        corpora: folders that `read_corpus` understands, or archives of such folders.
         out: the cache's folder.
-        mel: its sample rate and hop length decide the cache's.
-        progress: called with (clips done, clips in all) after each clip.
-        workers: number of processes; None for one per core, 1 for this process alone. As with any
-            process pool, a script that uses more than one guards its main part by
+        mel: settings whose sample rate and hop length the cache gets.
+        progress: called with (clips done, clips in all) of this process after each clip.
+        workers: number of worker processes; None for one per core, 1 for this process alone. As
+            with any process pool, a script that uses more than one guards its main part by
             `if __name__ == "__main__"`.
         force: whether recordings that are done already are done again.
-        n_shards: number of processes that share the work, each on all cores or on `workers`. This
-            is number 0, which joins what the others (`prepare_shard`) have made.
-        wait: called after this process's share; when the others are done too, it returns how many
-            recordings these have kept from before.
         mels: folder of the mels (n_mels, frames), natural logarithms, that an acoustic model
-            wrote along the recordings of one corpus, ID.npy, ID.npz or ID.pt. Training then takes
-            these. What a mel or its audio has beyond the other, up to `MOST_FRAMES_OFF` frames,
-            is cut off.
+            wrote along the recordings of one corpus: ID.npy, ID.npz or ID.pt. Training then takes
+            these. If a mel and its audio differ by up to `MOST_FRAMES_OFF` frames, the longer one
+            is cut.
+        group: processes that share the work; each calls this with the same arguments.
+
+    Returns:
+        What was done, the same report in all processes.
 
     Raises:
         DataError: a corpus or `mels` is wrong, no clip is usable, or `out` is something else than a
             cache or cannot be written.
         ConfigError: pyworld is not installed.
     """
-    job = _open_job(corpora, out, mel, force, mels, is_first=True)
+    job = _open_job(corpora, out, mel, force, mels, group)
     with _writing(job.out):
-        kept = job.make_parts(0, n_shards, progress, workers)
-        return _join(job, kept + wait())
-
-
-def prepare_shard(
-    corpora: Sequence[Path],
-    out: Path,
-    mel: MelConfig,
-    shard: tuple[int, int],
-    workers: int | None = None,
-    force: bool = False,
-    mels: Path | None = None,
-) -> int:
-    """Does the share (number from 1 on, number of shares) of a `prepare` with as many shards.
-
-    Number 0 calls `prepare`, which joins them. Arguments and errors are as there.
-
-    Returns:
-        How many recordings of the share were done before.
-    """
-    job = _open_job(corpora, out, mel, force, mels, is_first=False)
-    with _writing(job.out):
-        return job.make_parts(*shard, None, workers)
+        kept = group.gather("parts", job.make_parts(group, progress, workers))
+        return group.main_first(
+            "cache", lambda: read_report(job.out) if kept is None else _join(job, sum(kept))
+        )
 
 
 class _Source(NamedTuple):
-    """A clip of a corpus, and the name of what becomes of it."""
+    """A clip of a corpus; `key` names its result."""
 
     corpus: str
     clip: CorpusClip
@@ -131,7 +111,7 @@ class _Source(NamedTuple):
 
 
 class _Earlier(NamedTuple):
-    """A cache that is there already, and its clips by their keys."""
+    """A cache from before, and its clips by their keys."""
 
     cache: TrainingCache
     clips: dict[str, tuple[CachedClip, ClipFacts]]
@@ -139,7 +119,7 @@ class _Earlier(NamedTuple):
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be read, and what of it is done."""
+    """The recordings to read, and the results of an earlier call."""
 
     out: Path
     mel: MelConfig
@@ -154,19 +134,17 @@ class _Job:
         return self.out.parent / f".{self.out.name}.parts"
 
     def done(self) -> set[str]:
-        """Keys whose result is there."""
+        """Returns the keys whose results are there."""
         if self.force:
             return set()
         names = os.listdir(self.parts) if self.parts.is_dir() else []
-        # Those that begin with a dot are being written, or were when a process was killed.
+        # Half-written files begin with a dot. They give the empty key, which no recording has.
         found = {name.partition(".")[0] for name in names}
         return found if self.earlier is None else found | self.earlier.clips.keys()
 
-    def make_parts(
-        self, index: int, n_shards: int, progress: Progress | None, workers: int | None
-    ) -> int:
-        """Does what is not done of the share `index` of `n_shards`; returns how much was done."""
-        share = {source.key: source for source in self.sources[index::n_shards]}
+    def make_parts(self, group: Group, progress: Progress | None, workers: int | None) -> int:
+        """Makes the missing results of this process's share; returns how many were there."""
+        share = {source.key: source for source in group.share(self.sources)}
         done = share.keys() & self.done()
         rate, hop = self.mel.sample_rate, self.mel.hop_length
         todo = [
@@ -182,19 +160,19 @@ class _Job:
         return len(done)
 
     def result(self, key: str) -> ClipFacts | Refusal:
-        """What became of a recording."""
+        """Returns the facts of a recording, or why it is left out."""
         if self.earlier is not None and key in self.earlier.clips:
             return self.earlier.clips[key][1]
         return read_result(self.parts, key)
 
-    def arrays(self, key: str) -> dict[str, np.ndarray]:
-        """The arrays of a recording that was taken, by the file of the cache they belong in."""
-        if self.earlier is not None and key in self.earlier.clips:
-            clip, cache = self.earlier.clips[key][0], self.earlier.cache
-            arrays = {AUDIO_FILE: cache.audio(clip), F0_FILE: cache.f0(clip)}
-            mel = cache.mel(clip)
-            return arrays if mel is None else arrays | {MEL_FILE: mel}
-        return {f"{name}.npy": array for name, array in read_arrays(self.parts, key).items()}
+    def array(self, key: str, file: str) -> np.ndarray:
+        """Returns a recording's part of a file of the cache."""
+        if self.earlier is None or key not in self.earlier.clips:
+            return read_array(self.parts, key, file.removesuffix(".npy"))
+        clip, cache = self.earlier.clips[key][0], self.earlier.cache
+        array = {AUDIO_FILE: cache.audio, F0_FILE: cache.f0, MEL_FILE: cache.mel}[file](clip)
+        assert array is not None, "a key says whether a mel was given"
+        return array
 
 
 def _open_job(
@@ -203,7 +181,7 @@ def _open_job(
     mel: MelConfig,
     force: bool,
     mels: Path | None,
-    is_first: bool,
+    group: Group,
 ) -> _Job:
     out = Path(out).resolve()
     _check_replaceable(out)
@@ -218,7 +196,7 @@ def _open_job(
             raise DataError(f"no such folder of mels: {mels}")
         if len(paths) > 1:
             raise DataError(f"mels go with one corpus, and {len(paths)} are given")
-    folders = [unpack(path, out.parent, is_first) if path.is_file() else path for path in paths]
+    folders = group.main_first("unpack", lambda: _unpacked(paths, out.parent))
     read = [read_corpus(folder) for folder in folders]
     settings = F0Settings().model_dump()
     extra_frames = int(mel.padding == "center")
@@ -236,6 +214,10 @@ def _open_job(
     return _Job(out, mel, mels is not None, sources, ignored, earlier, force)
 
 
+def _unpacked(paths: Sequence[Path], beside: Path) -> list[Path]:
+    return [unpack(path, beside) if path.is_file() else path for path in paths]
+
+
 def _check_replaceable(out: Path) -> None:
     if not out.exists():
         return
@@ -248,7 +230,7 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _distinct_names(corpora: list[Corpus], folders: list[Path]) -> list[str]:
-    """The corpora's names; folders of one name get as much of their paths as tells them apart."""
+    """The corpora's names. Folders of one name get parts of their paths until they differ."""
     names = [corpus.name for corpus in corpora]
     for length in range(2, max(len(folder.parts) for folder in folders) + 1):
         count = Counter(names)
@@ -260,15 +242,20 @@ def _distinct_names(corpora: list[Corpus], folders: list[Path]) -> list[str]:
 
 
 def _earlier(out: Path) -> _Earlier | None:
-    """The cache in `out`, if there is one and it is whole."""
+    """The cache in `out`, if there is a whole one."""
     try:
         cache = TrainingCache(out)
         cache.verify()
-        report = PrepareReport.model_validate_json((out / REPORT_FILE).read_bytes())
+        report = read_report(out)
     except (DataError, OSError, ValidationError):
         return None
     pairs = zip(cache.manifest.clips, report.clips, strict=False)
     return _Earlier(cache, {facts.key: (clip, facts) for clip, facts in pairs})
+
+
+def read_report(cache: Path) -> PrepareReport:
+    """Reads the report in a cache's folder."""
+    return PrepareReport.model_validate_json((cache / REPORT_FILE).read_bytes())
 
 
 @contextmanager
@@ -280,7 +267,7 @@ def _writing(out: Path) -> Generator[None, None, None]:
 
 
 def _join(job: _Job, kept: int) -> PrepareReport:
-    """Makes the cache of the parts, and removes them."""
+    """Makes the cache from the parts, and removes the parts."""
     chosen, left_out = _choose(job)
     if not chosen:
         shutil.rmtree(job.parts)
@@ -300,7 +287,7 @@ def _join(job: _Job, kept: int) -> PrepareReport:
 
 
 def _choose(job: _Job) -> tuple[list[tuple[_Source, ClipFacts]], list[LeftOut]]:
-    """The clips that make the cache, in their order, and those that do not."""
+    """The clips of the cache, in their order, and those that are left out."""
     chosen: list[tuple[_Source, ClipFacts]] = []
     left_out = []
     first_of: dict[str, str] = {}
@@ -340,7 +327,7 @@ def _lay_out(chosen: list[tuple[_Source, ClipFacts]]) -> list[CachedClip]:
 
 
 def _is_the_same(earlier: _Earlier, clips: list[CachedClip], report: PrepareReport) -> bool:
-    """Whether the cache that is there is the one that would be written."""
+    """Whether the earlier cache has the same content as the new one would have."""
     keys = list(earlier.clips)
     return list(earlier.cache.manifest.clips) == clips and keys == [f.key for f in report.clips]
 
@@ -350,20 +337,17 @@ def _write_cache(job: _Job, clips: list[CachedClip], report: PrepareReport) -> N
     for folder in (built, replaced):
         shutil.rmtree(folder, ignore_errors=True)
     built.mkdir()
+    n_samples, n_frames = clips[-1].sample_offset + clips[-1].samples, clips[-1].frame_offset
+    n_frames += clips[-1].frames
     formats: dict[str, tuple[type, tuple[int, ...]]] = {
-        AUDIO_FILE: (np.int16, ()),
-        F0_FILE: (np.float32, ()),
+        AUDIO_FILE: (np.int16, (n_samples,)),
+        F0_FILE: (np.float32, (n_frames,)),
     }
     if job.with_mels:
-        formats[MEL_FILE] = (np.float32, (job.mel.n_mels,))
-    with ExitStack() as stack:
-        arrays = {
-            name: stack.enter_context(_GrowingArray(built / name, np.dtype(dtype), row))
-            for name, (dtype, row) in formats.items()
-        }
-        for facts in report.clips:
-            for name, piece in job.arrays(facts.key).items():
-                arrays[name].append(piece)
+        formats[MEL_FILE] = (np.float32, (n_frames, job.mel.n_mels))
+    for name, (dtype, shape) in formats.items():
+        pieces = (job.array(facts.key, name) for facts in report.clips)
+        _write_array(built / name, np.dtype(dtype), shape, pieces)
     manifest = Manifest(
         sample_rate=job.mel.sample_rate,
         hop_length=job.mel.hop_length,
@@ -385,44 +369,23 @@ def _map(
     if workers == 1 or len(tasks) < 2:
         yield from map(work, tasks)
         return
-    # A forked child of a process whose thread pools have run (torch's) can hang; spawn cannot.
+    # Not fork: a child of a process whose thread pools have run (torch's) can hang.
     n_workers, context = min(workers, len(tasks)), get_context("spawn")
     with ProcessPoolExecutor(n_workers, context, initializer=end_with_parent) as pool:
         yield from pool.map(work, tasks)
 
 
-class _GrowingArray:
-    """A `.npy` file that is written piece by piece, in rows of one shape (() for numbers)."""
-
-    def __init__(self, path: Path, dtype: np.dtype, row: tuple[int, ...]) -> None:
-        self.length = 0
-        self._dtype = dtype
-        self._row = row
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
-        self._write_header()
-
-    def append(self, piece: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(piece, dtype=self._dtype).data)
-        self.length += len(piece)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._file:
-            self._file.seek(0)
-            self._write_header()
-
-    def _write_header(self) -> None:
-        # numpy pads the header so that the first axis can grow without moving the data.
-        header = {
-            "descr": npy_format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self.length, *self._row),
-        }
-        npy_format.write_array_header_1_0(self._file, header)
+def _write_array(
+    path: Path, dtype: np.dtype, shape: tuple[int, ...], pieces: Iterable[np.ndarray]
+) -> None:
+    """Writes a `.npy` file from pieces that are its rows, one piece in memory at a time."""
+    header = {
+        "descr": npy_format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    # Not a memory map: on a full disk a write to one kills the process.
+    with open(path, "wb") as file:
+        npy_format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece, dtype=dtype).data)

@@ -1,4 +1,4 @@
-"""What `prepare` tells of the recordings that it was given."""
+"""The report of `prepare` about the recordings that it was given."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from waveflow.data.cache import CachedClip
 from waveflow.data.clips import ClipFacts, Reason
 
-# More are in report.json.
+# Of the files left out; report.json has all.
 MOST_LINES = 20
 
 
@@ -18,7 +18,7 @@ class _Frozen(BaseModel):
 
 
 class LeftOut(_Frozen):
-    """A recording that is not in the cache, and why."""
+    """A recording that is not in the cache, and the reason."""
 
     file: str
     corpus: str
@@ -27,27 +27,27 @@ class LeftOut(_Frozen):
 
 
 class Amount(_Frozen):
-    """Clips and their hours of audio."""
+    """A number of clips, and their hours of audio."""
 
     clips: int
     hours: float
 
 
 class PrepareReport(_Frozen):
-    """What `prepare` wrote, and what `report.json` in the cache holds.
+    """The content of a new cache in figures; `report.json` in the cache holds it.
 
     Attributes:
-        sample_rate: of the cache, in Hz.
-        train: the clips for training.
-        val: the clips kept out of training.
-        corpora: clips of each corpus, by its name.
-        source_rates: number of clips by their file's sample rate in Hz.
+        sample_rate: sample rate of the cache, in Hz.
+        train: amount for training.
+        val: amount for validation.
+        corpora: amount of each corpus, by its name.
+        source_rates: number of clips by the sample rate of their file, in Hz.
         silence: share of the hops of all clips below -60 dB of full scale.
-        clipped: share of the samples at full scale, by file, for clips that have such.
-        notes: what reading did to files (mixed down, resampled), with the number of clips.
+        clipped: share of the samples at full scale by file, for clips with such samples.
+        notes: changes on reading (mixed down, resampled), each with the number of clips.
         left_out: every file that is not in the cache, with the reason.
-        kept: recordings whose result an earlier `prepare` had left.
-        clips: each clip of the cache, in its order.
+        kept: number of recordings that an earlier `prepare` had read.
+        clips: facts about each clip, in the cache's order.
     """
 
     kind: Literal["waveflow prepare report"] = "waveflow prepare report"
@@ -64,14 +64,14 @@ class PrepareReport(_Frozen):
     clips: tuple[ClipFacts, ...]
 
     def amounts(self) -> str:
-        """The clips and hours in one line."""
+        """Returns clips and hours as one line."""
         return (
             f"{self.train.clips} clips ({self.train.hours:.2f} hours) for training, "
             f"{self.val.clips} ({self.val.hours:.2f} hours) for validation"
         )
 
     def lines(self) -> list[str]:
-        """The rest for people, one fact a line; of long lists the beginning."""
+        """Returns everything else for people, one fact a line, long lists shortened."""
         lines = []
         if len(self.corpora) > 1:
             lines += [f"{n}: {a.clips} clips, {a.hours:.2f} hours" for n, a in self.corpora.items()]
@@ -104,7 +104,7 @@ def make_report(
     left_out: Sequence[LeftOut],
     kept: int,
 ) -> PrepareReport:
-    """Sums up a cache's clips and their facts, both in the cache's order."""
+    """Makes the report from a cache's clips and their facts, both in the cache's order."""
 
     def amount(chosen: Sequence[CachedClip]) -> Amount:
         hours = sum(clip.samples for clip in chosen) / sample_rate / 3600

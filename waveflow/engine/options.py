@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
-
-import numpy as np
-from torch import Tensor
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from waveflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Steps beyond it change nothing that is heard or measured.
 MOST_REFINE_STEPS = 64
@@ -37,7 +38,7 @@ class SynthesisOptions:
             raise ConfigError(
                 f"refine {self.refine} is out of range: give 0 to {MOST_REFINE_STEPS} steps"
             )
-        if not isinstance(self.seed, int | np.integer | Sequence) or isinstance(self.seed, str):
+        if not isinstance(self.seed, Integral | Sequence) or isinstance(self.seed, str):
             raise ConfigError(f"seed {self.seed!r}: give an integer, or one for each mel")
 
     def changed(self, changes: dict[str, Any]) -> "SynthesisOptions":
@@ -50,7 +51,7 @@ class SynthesisOptions:
         Raises:
             ConfigError: there are more or fewer seeds than items.
         """
-        if isinstance(self.seed, int | np.integer):
+        if not isinstance(self.seed, Sequence):
             return [int(self.seed)] * n_items
         if len(self.seed) != n_items:
             raise ConfigError(f"{len(self.seed)} seeds for {n_items} mels: give one for each")
@@ -71,6 +72,6 @@ class Speech(NamedTuple):
         notes: sentences for the listener: on a foreign mel, on clipped samples.
     """
 
-    audio: Tensor
-    n_samples: Tensor | None
+    audio: "Tensor"
+    n_samples: "Tensor | None"
     notes: list[str]

@@ -17,7 +17,7 @@ from waveflow.audio.conventions import describe_foreign_mel
 from waveflow.audio.denoise import Bias, Denoiser
 from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.audio.refine import MelRefinement
-from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint, resolve_run
+from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint
 from waveflow.engine.checks import checked_audio, checked_lengths, checked_mel
 from waveflow.engine.contract import Decoder
 from waveflow.engine.decoder import (
@@ -446,7 +446,7 @@ def load(
         CheckpointError: unknown, missing or damaged.
         ConfigError: this machine or installation lacks the device or the precision.
     """
-    folder = resolve_run(model_folder(model), "best")
+    folder = model_folder(model)
     config, flow = load_checkpoint(folder, verify)
     if precision not in (*get_args(Precision), "auto"):
         names = ", ".join((*get_args(Precision), "auto"))

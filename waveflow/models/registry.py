@@ -19,15 +19,17 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
 from pydantic_core import PydanticCustomError
 
 from waveflow.audio.mel import MelConfig
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
+from waveflow.model_files import NamedModel
+from waveflow.model_files import first_problem as first_problem
 
 
-class FlowConfig(BaseModel):
+class FlowConfig(NamedModel):
     """Base of the models' configs.
 
     Attributes:
@@ -108,17 +110,6 @@ def _parse(value: Any) -> Any:
 
 # The config of any registered model, as a field of another config.
 AnyFlowConfig = Annotated[SerializeAsAny[FlowConfig], BeforeValidator(_parse)]
-
-
-def first_problem(error: ValidationError) -> str:
-    """A pydantic error as `field: message (got value)`, the first of them."""
-    problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"]) or "config"
-    if problem["type"] == "flow_config":
-        return f"{field}.{problem['msg']}"
-    given = repr(problem.get("input"))
-    given = given if len(given) <= 60 else given[:57] + "..."
-    return f"{field}: {problem['msg']} (got {given})"
 
 
 def _unknown(name: str) -> str:

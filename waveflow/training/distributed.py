@@ -1,11 +1,8 @@
-"""One process of many: what the workers of torchrun share, by torch.distributed alone.
+"""Sums over the processes that train one model together, by torch.distributed.
 
-Everything here also works in a process of its own, where it does nothing.
+Alone, a process may call everything here too: its sums are its own values.
 """
 
-import os
-import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,97 +14,67 @@ from torch import Tensor, nn
 
 from waveflow.errors import ConfigError, WaveflowError
 from waveflow.objective import Share
+from waveflow.processes import join_group, store_errors
 
 Result = TypeVar("Result")
 
-# Others wait while rank 0 prepares a corpus. That a worker has died is torchrun's to notice.
+# The others wait while rank 0 prepares a corpus. torchrun notices if a worker dies.
 _TIMEOUT = timedelta(hours=12)
-_POLL_SECONDS = 0.02
-# Values in a message: large enough to fill a network, small beside a model's gradients.
+# Values in one message: enough to fill a network, few beside a model's gradients.
 _BUCKET = 2**23
 
 
 def rank() -> int:
-    """The number of this process, from 0 on."""
+    """Returns the number of this process, from 0 on."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """Returns the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes."""
+    """Returns whether this is rank 0, which writes files and reports."""
     return rank() == 0
-
-
-def was_restarted() -> bool:
-    """Whether torchrun has started this worker again (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Joins the processes that torchrun started, while it is open.
+    """Connects the processes that torchrun started for the time of the block.
 
     Args:
-        device: that gradients are on; gloo carries what is on a CPU, NCCL what is on GPUs.
+        device: device of the gradients. Gloo carries tensors on a CPU, NCCL those on GPUs.
 
     Raises:
-        ConfigError: the environment is not torchrun's, or the others cannot be reached.
+        ConfigError: the environment makes no sense, or the others cannot be reached.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    group = join_group()
+    if group.store is None:
         yield
         return
     backend = "gloo"
     if device.startswith("cuda"):
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    try:
-        store, number, count = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-        store = empty_part(store, number, count)
+    group.store.set_timeout(_TIMEOUT)
+    with store_errors():
         dist.init_process_group(
-            backend, store=store, rank=number, world_size=count, timeout=_TIMEOUT
+            backend,
+            store=group.store,
+            rank=group.rank,
+            world_size=group.world_size,
+            timeout=_TIMEOUT,
         )
-    # ValueError: the variables that say where the others are are missing or wrong.
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"the other processes of torchrun cannot be reached: {reason}") from error
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def empty_part(store: dist.Store, number: int, count: int) -> dist.Store:
-    """A part of torchrun's store, the same for all `count` processes, that holds nothing yet.
-
-    torchrun keeps one store for all its attempts (--max-restarts): who looked for the address of
-    another there could find that of one that is dead. So rank 0 makes up a name for a part of
-    the store. It tells the name in reply to a word that each of the others has made up, until
-    all have confirmed it; a word of the dead is never confirmed.
-    """
-    own = uuid.uuid4().hex
-    if number > 0:
-        store.set(f"word/{number}", own)
-        name = store.get(f"reply/{own}").decode()
-        store.set(f"{name}/confirmed/{number}", "")
-        return dist.PrefixStore(name, store)
-    silent = set(range(1, count))
-    while silent:
-        for other in sorted(silent):
-            if store.check([f"word/{other}"]):
-                store.set(f"reply/{store.get(f'word/{other}').decode()}", own)
-            if store.check([f"{own}/confirmed/{other}"]):
-                silent.remove(other)
-        time.sleep(_POLL_SECONDS)
-    return dist.PrefixStore(own, store)
-
-
 @contextmanager
-def _others() -> Iterator[None]:
-    """What it means that a message could not be sent."""
+def _other_processes() -> Iterator[None]:
+    """Turns a failed message into one line."""
     try:
         yield
     except RuntimeError as error:
@@ -115,7 +82,7 @@ def _others() -> Iterator[None]:
 
 
 def own_share(total: int) -> Share:
-    """The items of a global batch that this process computes.
+    """Returns the items of a global batch that this process computes.
 
     Raises:
         ConfigError: there are fewer items than processes.
@@ -128,20 +95,20 @@ def own_share(total: int) -> Share:
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """The sum over all processes of tensors of one shape, in place; the same bits on each."""
+    """Sums tensors of one shape over all processes, in place; each gets the same bits."""
     if world_size() > 1:
-        with _others():
+        with _other_processes():
             dist.all_reduce(values)
     return values
 
 
 def in_any(*flags: bool) -> list[bool]:
-    """Which of the flags are true in at least one process: one answer for all."""
+    """Returns for each flag whether it is true in any process: the same answer for all."""
     return (all_sum(torch.tensor(flags, dtype=torch.int32)) > 0).tolist()
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up the gradients of all processes, which have the same graph and so the same ones."""
+    """Sums the gradients over all processes, whose graphs are the same."""
     if world_size() == 1:
         return
     bucket: list[Tensor] = []
@@ -158,7 +125,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def on_main(work: Callable[[], Result]) -> Result:
-    """Does something in rank 0 alone; its result, or its error, is that of all."""
+    """Calls `work` in rank 0 alone; all processes return its result or raise its error."""
     if world_size() == 1:
         return work()
     outcome: list[Any] = [None, None]
@@ -167,7 +134,7 @@ def on_main(work: Callable[[], Result]) -> Result:
             outcome[0] = work()
         except WaveflowError as error:
             outcome[1] = error
-    with _others():
+    with _other_processes():
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     if outcome[1] is not None:
         raise outcome[1]

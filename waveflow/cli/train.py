@@ -1,4 +1,4 @@
-"""`waveflow train`: a cache to a model."""
+"""`waveflow train`: trains a model."""
 
 import logging
 import math
@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from waveflow.cli import options
-from waveflow.cli.console import note, progress_bar
+from waveflow.cli.console import note, progress_bar, show
 from waveflow.cli.prepare import make_cache, note_report
-from waveflow.cli.shards import local_device
 from waveflow.errors import ConfigError, DataError
+from waveflow.processes import local_device, was_restarted
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from waveflow.audio.mel import MelConfig
+    from waveflow.audio.mel_config import MelConfig
     from waveflow.data.cache import TrainingCache
     from waveflow.training.loop import Progress
 
@@ -36,13 +34,13 @@ def train(
         typer.Option(
             "--data",
             metavar="CORPUS|CACHE",
-            help="A cache, or a corpus; a corpus can be followed by more, each with --data.",
+            help="A cache, or a corpus. Give several corpora with --data for each.",
         ),
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on with the run in RUN; start it where it has no checkpoint yet."
+            "--resume", help="Go on with the run in RUN, or start it if it has no checkpoint yet."
         ),
     ] = False,
     init: Annotated[
@@ -56,10 +54,10 @@ def train(
 ) -> None:
     """Trains a model.
 
-    Corpora are prepared into RUN/cache first, which --resume uses again. RUN keeps
-    the last two and the best checkpoint, metrics.csv, and curves for TensorBoard; as
-    a --model it is its best checkpoint. SIGTERM saves and ends; a damaged checkpoint
-    is passed over by --resume.
+    Corpora are first prepared into RUN/cache, which --resume uses again. RUN keeps
+    the last two and the best checkpoint, metrics.csv, and curves for TensorBoard.
+    Given as a --model, RUN stands for its best checkpoint. SIGTERM saves and ends.
+    --resume passes over damaged checkpoints.
 
     Under torchrun the processes share each batch, and --device cuda gives each its
     own GPU. A worker that torchrun starts again (--max-restarts) resumes by itself.
@@ -74,37 +72,39 @@ def train(
       torchrun --nproc-per-node 8 --max-restarts 3 -m waveflow train \\
           recipe.toml --data data/lj --out runs/w --device cuda
     """
-    from waveflow.checkpoint import run_checkpoints
-    from waveflow.training.config import read_recipe
-    from waveflow.training.distributed import (
-        is_main,
-        on_main,
-        process_group,
-        was_restarted,
-    )
+    from waveflow.model_files import run_checkpoints
+    from waveflow.pretrained import model_folder
 
     resume = resume or was_restarted()
-    # Before the data are prepared: that takes long and would replace the run's cache.
+    # Checked before the data are prepared, which takes long and would replace the run's cache.
     if run_checkpoints(out):
         if not resume:
             raise ConfigError(f"{out} holds a run: go on with it (--resume) or name another folder")
         init = None  # the run has begun from it
+    start = None if init is None else model_folder(init)
+
+    from waveflow.training.config import read_recipe
+
     settings = read_recipe(recipe)
     device = local_device(device)
     options.check_device(device)
-    start = None if init is None else _weights(init)
 
+    from waveflow.checkpoint import load_checkpoint
     from waveflow.data.cache import TrainingCache
+    from waveflow.training.distributed import is_main, on_main, process_group
     from waveflow.training.loop import Trainer
+
+    weights = None if start is None else (start, load_checkpoint(start)[1].state_dict())
 
     with process_group(device):
         main, logger = is_main(), logging.getLogger("waveflow")
-        # What all processes would say, one says.
+        # All processes would log the same, so rank 0 does it.
         logger.setLevel(logging.WARNING if main else logging.ERROR)
         folder = on_main(lambda: _data(data or [], out / "cache", settings.mel, resume))
         cache = TrainingCache(folder)
         with _sigterm() as stop:
-            trainer = Trainer(settings, cache, out, device, start, resume, _described(cache, init))
+            words = _described(cache, init)
+            trainer = Trainer(settings, cache, out, device, weights, resume, words)
             if main:
                 logger.setLevel(logging.INFO)
             with _training_bar(settings.train.steps, visible=main) as report:
@@ -114,12 +114,12 @@ def train(
         score = "" if best is None else f", best validation log-likelihood {best:.4f}"
         if trainer.before is not None:
             score += f" ({trainer.before:.4f} before)"
-        print(f"{out}: {trainer.step} steps, {trainer.minutes:.1f} minutes{score}")
+        show(f"{out}: {trainer.step} steps, {trainer.minutes:.1f} minutes{score}")
 
 
 @contextmanager
 def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Makes of SIGTERM, by which a scheduler takes the machine back, a question to ask."""
+    """Yields a function that says whether SIGTERM was received: a scheduler wants the machine."""
     received = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: received.set())
     try:
@@ -129,9 +129,9 @@ def _sigterm() -> Iterator[Callable[[], bool]]:
 
 
 def _data(data: list[Path], own: Path, mel: "MelConfig", resume: bool) -> Path:
-    """The cache that is given, or the run's own, made from the corpora where it has none yet.
+    """Returns the cache that is given, or the run's own, which is made from the corpora if missing.
 
-    A cache is moved to its place when it is complete, so one that is there need not be made again.
+    A cache gets its name when it is complete, so one that exists need not be made again.
     """
     from waveflow.data.cache import MANIFEST_FILE, TrainingCache
 
@@ -154,21 +154,17 @@ def _data(data: list[Path], own: Path, mel: "MelConfig", resume: bool) -> Path:
     return own
 
 
-def _weights(init: str) -> tuple[Path, dict[str, "Tensor"]]:
-    from waveflow.checkpoint import load_checkpoint
-    from waveflow.pretrained import model_folder
-
-    folder = model_folder(init)
-    return folder, load_checkpoint(folder)[1].state_dict()
-
-
 def _described(cache: "TrainingCache", init: str | None) -> str:
-    """The data in words, for the checkpoint's provenance."""
+    """Describes the data in words, for the checkpoint's provenance."""
     names = dict.fromkeys(clip.corpus for clip in cache.clips("train"))
     described = f"{', '.join(names)} ({cache.hours('train'):.2f} hours)"
     if init is None:
         return described
-    before = options.read_config(init).provenance.data or "data not stated"
+
+    from waveflow.model_files import read_card
+    from waveflow.pretrained import model_folder
+
+    before = read_card(model_folder(init)).provenance.data or "data not stated"
     return f"{described}, started from {init}: {before}"
 
 

@@ -1,4 +1,4 @@
-"""Voicing and F0 agreement of two waveforms, by WORLD's dio and stonemask."""
+"""How well the voicing and F0 of two waveforms agree, by dio and stonemask of WORLD."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class Voicing(NamedTuple):
     """Agreement of a copy's pitch with its recording's.
 
     Attributes:
-        f1: F1 of the voiced class, 0 to 1; NaN where neither has a voiced frame.
+        f1: F1 of the voiced class, 0 to 1; NaN if neither has a voiced frame.
         f0_error_cents: mean absolute F0 error over frames voiced in both; NaN without one.
     """
 

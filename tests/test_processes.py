@@ -1,36 +1,32 @@
-"""Folder jobs that several processes share, as torchrun starts them, and alone in turns."""
+"""Jobs that several processes share: each process in turns, as threads, forked, by torchrun."""
 
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import soundfile
 import torch.distributed
 from conftest import N_MELS, SAMPLE_RATE, make_voice
+from forking import Outcome, fork_group
 
-from waveflow.cli import shards
+from waveflow import processes
 from waveflow.cli.main import main
-from waveflow.cli.shards import Group, local_device, merge, shard
+from waveflow.data.cache import AUDIO_FILE, F0_FILE, MANIFEST_FILE
 from waveflow.errors import ConfigError
+from waveflow.processes import ALONE, Group, empty_part, local_device, merge, own_place
 
 ROOT = Path(__file__).parent.parent
 
-
-class Outcome(NamedTuple):
-    """What one process ended with."""
-
-    status: int
-    out: str
-    err: str
-
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 InTurns = Callable[..., list[Outcome]]
 SILENT = Outcome(0, "", "")
@@ -48,7 +44,7 @@ def in_turns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
     def call(n: int, *args: str | Path) -> list[Outcome]:
         store = Arrived()
-        monkeypatch.setattr(shards, "_connect", lambda: store)
+        monkeypatch.setattr(processes, "_connect", lambda rank, world_size: store)
         monkeypatch.setenv("WORLD_SIZE", str(n))
         outcomes = []
         for rank in reversed(range(n)):
@@ -77,10 +73,11 @@ def mels(tmp_path: Path) -> Path:
 @pytest.fixture
 def recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Four recordings, the third unreadable; only the figure without a package is measured."""
-    from waveflow.metrics import evaluate
+    from waveflow.metrics import copies
 
-    light = tuple(metric for metric in evaluate.METRICS if metric.package is None)
-    monkeypatch.setattr(evaluate, "METRICS", light)
+    light = tuple(metric for metric in copies.METRICS if metric.package is None)
+    monkeypatch.setattr(copies, "METRICS", light)
+    monkeypatch.setattr(copies, "griffin_lim", lambda mel, *_: torch.zeros(mel.shape[1] * 256))
     folder = tmp_path / "recordings"
     folder.mkdir()
     for seed in range(4):
@@ -92,19 +89,6 @@ def recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def torchrun(program: list[str], *args: str | Path) -> subprocess.CompletedProcess[str]:
-    """Two processes of a program."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    variables = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}
-    return subprocess.run(
-        [*launcher, *program, *map(str, args)],
-        env=variables | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def ours(stderr: str) -> list[str]:
@@ -133,16 +117,16 @@ def test_every_item_is_in_one_share_and_merging_restores_the_order(n_items, worl
         ({"RANK": "1"}, None),
     ],
 )
-def test_shard_reads_what_torchrun_sets(monkeypatch, variables, expected):
+def test_the_place_is_what_torchrun_sets(monkeypatch, variables, expected):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     if expected is None:
         with pytest.raises(ConfigError, match=f"RANK={variables['RANK']}"):
-            shard()
+            own_place()
     else:
-        assert shard() == expected
+        assert own_place() == expected
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):
@@ -152,25 +136,66 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     assert [local_device(name) for name in ("cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:3", "cpu"]
 
 
+def in_threads(n: int, work: Callable[[Group], object]) -> list[object]:
+    """The results of `work` in n members of a group, by rank."""
+    store = torch.distributed.HashStore()
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(work, [Group(rank, n, store) for rank in range(n)]))
+
+
 def test_gather_waits_for_all_and_gives_rank_0_everything_in_order(monkeypatch):
-    monkeypatch.setattr(shards, "_PIECE", 7)
-    store, results, late = torch.distributed.HashStore(), {}, threading.Event()
+    monkeypatch.setattr(processes, "_PIECE", 7)
     values = [["a"] * 10, {"é\udc80": math.inf}, []]
 
-    def process(rank: int) -> None:
-        if rank == 2:
-            late.wait()
-        results[rank] = Group(rank, 3, store).gather("values", values[rank])
+    def work(group: Group) -> object:
+        time.sleep(0.2 * (group.rank == 2))
+        gathered = group.gather("values", values[group.rank])
+        # Nobody leaves before the last has come, and rank 0 leaves last: the store may go with it.
+        assert group.store.add("values/sent", 0) == 3
+        assert group.rank > 0 or group.store.add("values/left", 0) == 3
+        return gathered
 
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    threads[0].join(0.3)
-    assert not results  # nobody leaves before the last has come: torchrun's store may go with him
-    late.set()
-    for thread in threads:
-        thread.join(30)
-    assert results == {0: values, 1: None, 2: None}
+    assert in_threads(3, work) == [values, None, None]
+    assert ALONE.gather("values", 1) == [1]
+
+
+def test_rank_0_goes_first_and_leaves_when_the_others_have_heard_of_it():
+    order: list[int] = []
+
+    def work(group: Group) -> object:
+        def step() -> int:
+            time.sleep(0.2 * (group.rank == 0))
+            order.append(group.rank)
+            return group.rank
+
+        result = group.main_first("step", step)
+        assert group.rank > 0 or group.store.add("step/seen", 0) == 3
+        return result
+
+    assert in_threads(3, work) == [0, 1, 2]
+    assert order[0] == 0 and sorted(order) == [0, 1, 2]
+    assert ALONE.main_first("step", lambda: 7) == 7
+
+
+def test_an_error_of_rank_0_is_its_own():
+    def fail() -> None:
+        raise ValueError("what was wrong")
+
+    with pytest.raises(ValueError, match="what was wrong"):
+        Group(0, 2, torch.distributed.HashStore()).main_first("step", fail)
+
+
+def test_a_part_of_the_store_is_empty_in_every_attempt():
+    """The store still holds messages of the processes of earlier attempts."""
+    store = torch.distributed.HashStore()
+    store.set("word/2", "of one that died before the first attempt began")
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            members = [pool.submit(empty_part, store, rank, 3) for rank in (2, 0, 1)]
+            parts = [member.result(timeout=20) for member in members]
+        assert not any(part.check(["address"]) for part in parts)
+        parts[0].set("address", "here")
+        assert [part.get("address") for part in parts] == [b"here"] * 3
 
 
 def test_processes_that_cannot_meet_say_so_in_one_line(monkeypatch, mels, tmp_path, capsys):
@@ -287,51 +312,110 @@ def test_a_folder_onto_itself_is_refused_without_force_too(tmp_path, capsys):
     assert names(tmp_path) == ["a.WAV"]
 
 
-# Under torchrun itself
+# Processes of their own
 
 
-def test_torchrun_tries_all_files_before_it_fails(mels, tmp_path, tiny_model):
+@needs_fork
+def test_two_processes_try_all_files_before_they_fail(mels, tmp_path, tiny_model):
     (mels / "clip1.npy").write_text("no array")
     out = tmp_path / "wavs"
-    result = torchrun(["-m", "waveflow"], "vocode", mels, "-o", out, "--model", tiny_model)
-    assert result.returncode == 1  # torchrun's own; our process ended with 2
-    assert "exitcode  : 2" in result.stderr
-    summary, bad = ours(result.stderr)
+    args = ("vocode", mels, "-o", out, "--model", tiny_model, "--threads", "1")
+    rank_0, other = [process.wait() for process in fork_group(2, args, tmp_path)]
+    assert other == SILENT and rank_0.status == 2
+    summary, bad = ours(rank_0.err)
     assert f"4 written to {out} by 2 processes, 1 failed" in summary
     assert "clip1.npy" in bad
     assert names(out) == ["clip0.wav", "clip2.wav", "clip3.wav", "clip4.wav"]
 
 
+def kill_at_clip_3() -> None:
+    from waveflow.audio import io
+
+    write = io.write_audio
+
+    def killed(path: Path, *args: object) -> None:
+        if path.name == "clip3.wav":
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, *args)  # type: ignore[arg-type]
+
+    io.write_audio = killed
+
+
+@needs_fork
+def test_ctrl_c_ends_the_wait_for_a_dead_process_and_a_rerun_continues(
+    mels, tmp_path, tiny_model, capsys
+):
+    out = tmp_path / "wavs"
+    args = ("vocode", mels, "-o", out, "--model", tiny_model, "--threads", "1")
+
+    def first(rank: int) -> None:
+        if rank == 1:
+            kill_at_clip_3()
+
+    rank_0, other = fork_group(2, args, tmp_path, first)
+    assert other.wait().status == -signal.SIGKILL
+    while not all((out / f"clip{i}.wav").exists() for i in (0, 2, 4)):
+        time.sleep(0.05)
+    time.sleep(0.3)  # it waits for the other's result now
+    rank_0.kill(signal.SIGINT)
+    outcome = rank_0.wait()
+    assert outcome.status == 130 and ours(outcome.err) == ["waveflow: interrupted"]
+    assert "clip3.wav" not in names(out)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("clip*.wav")}
+    assert len(before) == 4
+
+    capsys.readouterr()
+    assert main([*map(str, args)]) == 0
+    assert f"1 written to {out}, 4 kept" in capsys.readouterr().err
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("clip*.wav")}
+    assert len(after) == 5 and before.items() <= after.items()
+
+
+@needs_fork
+def test_two_processes_prepare_a_cache(recordings, tmp_path):
+    pytest.importorskip("pyworld")
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert main(["prepare", str(recordings), "-o", str(alone), "--workers", "1"]) == 0
+    job = fork_group(2, ["prepare", recordings, "-o", shared], tmp_path)
+    rank_0, other = [process.wait() for process in job]
+    assert other == SILENT
+    assert rank_0.status == 0 and rank_0.err == ""
+    assert rank_0.out.startswith(f"{shared}: 2 clips") and "1 files left out" in rank_0.out
+    for name in (AUDIO_FILE, F0_FILE, MANIFEST_FILE):
+        assert (alone / name).read_bytes() == (shared / name).read_bytes()
+    assert ".shared.parts" not in names(tmp_path)
+
+
 KILLED = """
-import os, signal, sys
-from waveflow.audio import io
+import sys
+from test_processes import kill_at_clip_3
 from waveflow.cli.main import main
 
-write = io.write_audio
-
-def killed(path, *args):
-    if path.name == "clip3.wav":
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(path, *args)
-
-io.write_audio = killed
+kill_at_clip_3()
 sys.exit(main())
 """
 
 
-def test_a_killed_process_ends_the_job_and_a_rerun_continues(mels, tmp_path, tiny_model, capsys):
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [True, False])
+def test_under_torchrun(mels, tmp_path, tiny_model, kill):
+    """torchrun ends all when one is killed, and lets rank 0 report when files are bad."""
+    (mels / "clip1.npy").write_text("no array")
     program, out = tmp_path / "killed.py", tmp_path / "wavs"
     program.write_text(KILLED)
-    args = ("vocode", mels, "-o", out, "--model", tiny_model)
-    result = torchrun([str(program)], *args)
-    # Rank 0, at the end of its share or in it, does not wait for rank 1 forever.
-    assert result.returncode == 1 and "SIGKILL" in result.stderr
-    assert ours(result.stderr) == []
-    before = {path.name: path.stat().st_mtime_ns for path in out.glob("clip*.wav")}
-    assert "clip1.wav" in before and "clip3.wav" not in before
-
-    assert main([*map(str, args)]) == 0
-    n_kept = len(before)
-    assert f"{5 - n_kept} written to {out}, {n_kept} kept" in capsys.readouterr().err
-    after = {path.name: path.stat().st_mtime_ns for path in out.glob("clip*.wav")}
-    assert len(after) == 5 and before.items() <= after.items()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    args = ["vocode", mels, "-o", out, "--model", tiny_model]
+    result = subprocess.run(
+        [*launcher, *([program] if kill else ["-m", "waveflow"]), *args],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1  # torchrun's own
+    if kill:
+        assert "SIGKILL" in result.stderr and ours(result.stderr) == []
+        return
+    assert "exitcode  : 2" in result.stderr
+    summary, bad = ours(result.stderr)
+    assert f"4 written to {out} by 2 processes, 1 failed" in summary
+    assert "clip1.npy" in bad

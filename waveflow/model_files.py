@@ -1,0 +1,200 @@
+"""The files of a model's folder: their names, their hashes, and their facts without the network.
+
+Nothing here imports torch, so `waveflow info` answers at once. `checkpoint` writes the folder and
+builds the network.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from waveflow.audio.mel_config import MelConfig
+from waveflow.errors import CheckpointError
+
+FORMAT = 1
+# The mel of a validation clip, with a model that ships.
+EXAMPLE = "example.npy"
+CONFIG, WEIGHTS, MANIFEST, RUN_POINTER = (
+    "config.json",
+    "model.safetensors",
+    "manifest.json",
+    "checkpoints.json",
+)
+
+
+class SynthesisConfig(BaseModel):
+    """How a model is meant to be sampled.
+
+    Attributes:
+        sigma: standard deviation of the noise.
+        refine_steps: mel refinement steps after the draw (audio/refine.py).
+        refine_power, refine_momentum: p and a of a refinement step.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sigma: float = Field(default=1.0, ge=0)
+    refine_steps: int = Field(default=0, ge=0, le=64)
+    refine_power: float = Field(default=1.0, gt=0)
+    refine_momentum: float = Field(default=0.0, ge=0)
+
+
+class Provenance(BaseModel):
+    """Origin of the weights.
+
+    Attributes:
+        data: the corpora, in words.
+        licence: licence of the weights.
+        steps, minutes: optimizer steps, and time spent in training.
+        log_likelihood: of validation speech, nats per audio sample.
+        draw_log_likelihood: of the model's own draws for the same mels.
+        mel_range: lowest and highest value of each mel band in the training data.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = ""
+    licence: str = ""
+    steps: int = 0
+    minutes: float = 0.0
+    log_likelihood: float | None = None
+    draw_log_likelihood: float | None = None
+    mel_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
+class NamedModel(BaseModel):
+    """The part of every model's config that needs none of its code: its name."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    type: str
+
+
+class ModelCard(BaseModel):
+    """config.json, with the model's own settings unread."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    model: NamedModel
+    mel: MelConfig
+    synthesis: SynthesisConfig = SynthesisConfig()
+    provenance: Provenance = Provenance()
+
+
+def read_card(folder: Path, verify: bool = True) -> ModelCard:
+    """Reads the config of a checkpoint folder without knowing its model.
+
+    Args:
+        folder: a checkpoint folder.
+        verify: whether to check the hashes of the folder's files.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another format.
+    """
+    try:
+        return ModelCard.model_validate_json(read_files(folder, verify)[CONFIG])
+    except ValidationError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {first_problem(error)}") from error
+
+
+def count_weights(folder: Path) -> int:
+    """Counts the real numbers in a checkpoint's file of weights: the model's parameters.
+
+    Raises:
+        CheckpointError: missing, or not a safetensors file.
+    """
+    path = folder / WEIGHTS
+    try:
+        with open(path, "rb") as file:
+            # The file begins with the length of a JSON object, which has all shapes.
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+        # Flags and counters are integers.
+        return sum(math.prod(t["shape"]) for t in tensors if "F" in t["dtype"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+
+
+def read_files(folder: Path, verify: bool = True) -> dict[str, bytes]:
+    """Reads the files of a checkpoint folder and checks their hashes against the manifest.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the folder has another format.
+    """
+    data = _read(folder, MANIFEST)
+    manifest = _json(data, folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {manifest.get('format')!r}; this waveflow reads "
+            f"{FORMAT}: update waveflow"
+        )
+    hashes = manifest.get("sha256")
+    if not isinstance(hashes, dict) or not {CONFIG, WEIGHTS} <= hashes.keys():
+        raise CheckpointError(f"{folder / MANIFEST} does not list {CONFIG} and {WEIGHTS}")
+    files = {}
+    for name, expected in hashes.items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / MANIFEST} names a file outside the folder: {name!r}")
+        files[name] = _read(folder, name)
+        if verify and hashlib.sha256(files[name]).hexdigest() != expected:
+            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
+    # The manifest has no hash of its own, so damage to it is found by its exact spelling.
+    if verify and data != manifest_bytes(hashes):
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: waveflow spells it otherwise")
+    return files
+
+
+def manifest_bytes(hashes: dict[str, str]) -> bytes:
+    """Returns the manifest of files with these SHA-256 hashes, in the only accepted spelling."""
+    return (json.dumps({"format": FORMAT, "sha256": hashes}, indent=1) + "\n").encode()
+
+
+def resolve_run(folder: Path, which: str) -> Path:
+    """Returns the `best` or `last` checkpoint of a run folder, or the checkpoint folder itself."""
+    pointer = folder / RUN_POINTER
+    if not pointer.is_file():
+        return folder
+    name = _json(pointer.read_bytes(), pointer).get(which)
+    if not isinstance(name, str) or Path(name).name != name:
+        raise CheckpointError(f"{pointer} names no {which} checkpoint")
+    return folder / name
+
+
+def run_checkpoints(run: Path) -> list[Path]:
+    """Returns all checkpoints of a run folder, whole or not, the newest first."""
+    return sorted(run.glob("step-*"), reverse=True)
+
+
+def first_problem(error: ValidationError) -> str:
+    """Returns the first problem of a pydantic error as `field: message (got value)`."""
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"]) or "config"
+    if problem["type"] == "flow_config":
+        return f"{field}.{problem['msg']}"
+    given = repr(problem.get("input"))
+    given = given if len(given) <= 60 else given[:57] + "..."
+    return f"{field}: {problem['msg']} (got {given})"
+
+
+def _read(folder: Path, name: str) -> bytes:
+    if not folder.is_dir():
+        raise CheckpointError(f"no checkpoint folder {folder}")
+    try:
+        return (folder / name).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise CheckpointError(f"{folder} has no readable {name!r}: not a checkpoint") from error
+
+
+def _json(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
