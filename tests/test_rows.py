@@ -11,7 +11,7 @@ from torch import Tensor
 
 from waveflow.audio.mel import MEL_PRESETS
 from waveflow.bijections import Affine, Coupling
-from waveflow.engine import product
+from waveflow.engine.fast import product
 from waveflow.engine.fast.low_rank import Steering
 from waveflow.engine.fast.product import Product
 from waveflow.engine.fast.rows import RowsWaveGlow

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from waveflow.audio.mel import MEL_PRESETS
-from waveflow.engine import product
+from waveflow.engine.fast import product
 from waveflow.engine.fast.packed import PackedLinear
 from waveflow.engine.fast.torch_decoder import TorchDecoder, _padded
 from waveflow.errors import ConfigError

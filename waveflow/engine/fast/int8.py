@@ -3,9 +3,10 @@
 In int8 run the coupling networks of a WaveGlow without their first layer (99.9 % of their
 multiply-adds) and those of a FrameGlow. The rest is `Flow.decode` itself in float32.
 
-- Weights are rounded to 8 bits with a scale for each output; inputs too, with a fixed scale for
-  each channel, which is folded into the weights. Those scales come from the largest inputs in a
-  float32 synthesis of a calibration mel; what lies beyond them later is clipped.
+- Weights are rounded to 8 bits with a scale for each output, or to 7 bits on a CPU that sums
+  products in 16 bits (`int8_graph.largest_weight`). Inputs are rounded to 8 bits with a fixed
+  scale for each channel, which is folded into the weights. These scales come from the largest
+  inputs in a float32 synthesis of a calibration mel; larger inputs are clipped later.
 - Exact folds: weight norm; `end` times each layer's skip matrix, so that the skip path of C
   channels is gone; a layer's taps and its features side by side, so that it is one product.
 - Rows pass in blocks of one size, so that nothing is compiled for a length and memory does not
@@ -31,7 +32,14 @@ from torch import Tensor, nn
 from waveflow.bijections import Condition, Coupling
 from waveflow.context import context_of
 from waveflow.engine.contract import each_item
-from waveflow.engine.fast.int8_graph import LARGEST, Array, Node, RowBlocks, RowGraph
+from waveflow.engine.fast.int8_graph import (
+    LARGEST,
+    Array,
+    Node,
+    RowBlocks,
+    RowGraph,
+    largest_weight,
+)
 from waveflow.errors import ConfigError
 from waveflow.flow import Conditioner, Flow, State
 from waveflow.models.frameglow import FrameNetwork
@@ -187,7 +195,7 @@ class _Int8WaveNet(nn.Module):
         steer, end = _weight(network.cond_layer)[:, :, 0], _weight(network.end)[:, :, 0]
         steer_scale = _scale(peaks[network.cond_layer], steer)
         result_bias = _bias(network.end)
-        graph = RowGraph(_GROUP_ROWS, int(network.context.left))
+        graph = RowGraph(_GROUP_ROWS, int(network.context.left), largest_weight())
         passive, features = graph.input(network.start.in_channels), graph.input(steer.shape[1])
         features = graph.history(graph.quantised(features, steer_scale), int(network.context.left))
         start = graph.affine(passive, _weight(network.start)[:, :, 0], _bias(network.start))
@@ -228,7 +236,7 @@ class _Int8WaveNet(nn.Module):
 def _int8_frame_network(network: FrameNetwork, peaks: dict[nn.Module, Array]) -> FrameNetwork:
     """A copy whose body is a graph of all layers, from `enter` to `leave`, for one item."""
     body: Any = network.body
-    graph = RowGraph(_FRAME_ROWS, int(context_of(body).left))
+    graph = RowGraph(_FRAME_ROWS, int(context_of(body).left), largest_weight())
 
     def linear(x: Node, layer: nn.Linear) -> Node:
         scale = _scale(peaks[layer], _weight(layer))

@@ -1,6 +1,7 @@
 """Graphs of the networks' layers in int8, on blocks of (L, C) rows, run by OpenVINO."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from torch.nn import functional
 Array = NDArray[np.float32]
 Node = Any  # of OpenVINO, which is imported where a graph is built
 
-# Integers run from -LARGEST to LARGEST, so that zero is one of them.
+# Inputs are integers from -LARGEST to LARGEST, so that zero is one of them.
 LARGEST = 127
+# Weights are too, or go to half of it where 8 bits of both are too many (`largest_weight`).
+WEIGHT_8_BITS, WEIGHT_7_BITS = 127, 63
 
 
 class RowBlocks:
@@ -45,13 +48,15 @@ class RowGraph:
     Args:
         n_rows: of a block.
         reach: rows on each side that the whole graph looks at, and by which its result lags.
+        largest_weight: weights are rounded to integers from minus this to this.
     """
 
-    def __init__(self, n_rows: int, reach: int) -> None:
+    def __init__(self, n_rows: int, reach: int, largest_weight: int) -> None:
         import openvino
         from openvino import opset15
 
         self._openvino, self._op = openvino, opset15
+        self._largest_weight = largest_weight
         self._n_rows, self._reach, self._lag = n_rows, reach, 0
         self._inputs: list[Node] = []
         self._kept: list[Node] = []
@@ -93,11 +98,11 @@ class RowGraph:
         return self._op.convert(self._op.fake_quantize(x, *ends, 2 * LARGEST + 1), "i8")
 
     def product(self, x: Node, weight: Array, scale: Array, bias: Array) -> Node:
-        """x (L, K) int8, in steps of `scale` (K,), times weight (N, K) in int8."""
+        """x (L, K) int8, in steps of `scale` (K,), times weight (N, K) in integers."""
         # OpenVINO recognises the product of integers by one step for all of x.
         step = scale.max()
         weight = weight * (scale / step)
-        row_steps = np.abs(weight).max(1, keepdims=True) / LARGEST
+        row_steps = np.abs(weight).max(1, keepdims=True) / self._largest_weight
         row_steps = np.where(row_steps > 0, row_steps, 1)
         integers = self._op.constant(np.round(weight / row_steps).astype(np.int8))
         rows = self._op.multiply(self._op.convert(integers, "f32"), self.constant(row_steps))
@@ -159,3 +164,27 @@ class RowGraph:
     def _rows(self, x: Node, begin: int, n: int) -> Node:
         ends = (self._op.constant(np.array([i])) for i in (begin, begin + n, 1, 0))
         return self._op.slice(x, *ends)
+
+
+@cache
+def largest_weight() -> int:
+    """The largest integer of a weight whose products this CPU sums without loss.
+
+    CPUs without VNNI add products of 8-bit integers in pairs, in 16 bits: two products of an
+    input shifted to 0 .. 255 with a weight of 127 are more than 16 bits hold, two with a weight
+    of 63 are not. A product of the largest integers, run once in a process (50 ms), says what
+    OpenVINO does here. A list of CPU features would not: environment variables such as
+    ONEDNN_MAX_CPU_ISA change what OpenVINO takes, and other CPUs have other instructions.
+    """
+    n = 64
+    graph = RowGraph(n, 0, WEIGHT_8_BITS)
+    scale = np.full(n, 1 / LARGEST, np.float32)
+    ones = np.ones((n, n), np.float32)
+    weight = np.concatenate([ones, -ones])
+    x = graph.quantised(graph.input(n), scale)
+    run = graph.compiled(graph.product(x, weight, scale, np.zeros(2 * n, np.float32)))
+    exact = all(
+        torch.allclose(run(rows), rows @ torch.from_numpy(weight).T, rtol=1e-3)
+        for rows in (torch.ones(n, n), -torch.ones(n, n))
+    )
+    return WEIGHT_8_BITS if exact else WEIGHT_7_BITS
