@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,7 +50,7 @@ def _trained_like(flow: Flow, seed: int = 0) -> Flow:
                 for parameter in step.network.parameters():
                     if not parameter.any():
                         parameter.normal_(std=0.1, generator=generator)
-    return flow.prepare_for_inference()
+    return flow.eval()
 
 
 def _waveglow(**sizes: object) -> Flow:
@@ -101,11 +102,11 @@ def test_the_chosen_weights_are_summed_without_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (2, n, n), generator=generator) * 2.0 - 1
     for rows, weight in (signs, torch.ones(2, n, n)):
-        graph = RowGraph(n, 0, largest_weight())
-        scale, bias = torch.full((n,), 1 / 127).numpy(), torch.zeros(n).numpy()
-        x = graph.quantised(graph.input(n), scale)
-        run = graph.compiled(graph.product(x, weight.numpy(), scale, bias))
-        torch.testing.assert_close(run(rows), rows @ weight.T, rtol=1e-3, atol=1e-2)
+        layer = torch.nn.Linear(n, n)
+        layer.weight = torch.nn.Parameter(weight)
+        graph = RowGraph(n, 0, largest_weight(), lambda _: np.ones(n, np.float32))
+        run = graph.compiled(graph.apply(layer, graph.input(n)))
+        torch.testing.assert_close(run(rows), layer(rows).detach(), rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("n_frames", [1, 2, 64, 65, 200])

@@ -34,7 +34,7 @@ def made(config: FrameGlowConfig | WaveGlowConfig) -> Flow:
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return flow.prepare_for_inference()
+    return flow.eval()
 
 
 def inputs(flow: Flow, n_frames: int, n_items: int = 1) -> tuple[Tensor, Tensor]:

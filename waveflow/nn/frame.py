@@ -6,12 +6,14 @@ each convolution, so that a padded item gets what it gets alone.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from waveflow.context import Context, total_context
+from waveflow.decoding import IntegerGraph
 
 
 class DepthwiseConv(nn.Conv1d):
@@ -80,6 +82,12 @@ class GatedLayer(nn.Module):
         a, b = self.dilated(torch.cat(taps, -1)).chunk(2, -1)
         return x + self.out(torch.tanh(a) * torch.sigmoid(b))
 
+    def in_integers(self, graph: IntegerGraph, x: Any) -> Any:
+        weights = self.dilated.weight.chunk(self.kernel_size, 1)
+        taps = graph.taps(x, self.dilated, weights, self.dilation)
+        gated = graph.gate(taps, self.dilated.weight, self.dilated.bias)
+        return graph.add(x, graph.apply(self.out, gated))
+
 
 class GatedStack(nn.Module):
     """Gated layers of the given dilations, (B, L, C) -> (B, L, C)."""
@@ -92,6 +100,11 @@ class GatedStack(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for layer in self.layers:
             x = layer(x, mask)
+        return x
+
+    def in_integers(self, graph: IntegerGraph, x: Any) -> Any:
+        for layer in self.layers:
+            x = graph.apply(layer, graph.valid(x))
         return x
 
 

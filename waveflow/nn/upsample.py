@@ -1,6 +1,9 @@
 """Upsample: mel frames to audio samples."""
 
+from typing import Any
+
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from waveflow.context import Context
 
@@ -29,3 +32,11 @@ class Upsample(nn.Module):
             # Selected, not multiplied: padding may hold NaN.
             mel = mel.masked_fill(mask == 0, 0.0)
         return self.convolution(mel)[..., : mel.shape[2] * self.stride]
+
+    def is_plain(self) -> bool:
+        """Whether its convolution is of the kind that `__init__` makes."""
+        layer: Any = self.convolution
+        if type_before_parametrizations(layer) is not nn.ConvTranspose1d or layer.bias is None:
+            return False
+        settings = layer.stride, layer.padding, layer.output_padding, layer.dilation, layer.groups
+        return settings == ((self.stride,), (0,), (0,), (1,), 1)
