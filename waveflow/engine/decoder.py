@@ -9,10 +9,12 @@ others are compared with it in the tests and in `benchmarks/`.
 """
 
 import time
+from collections.abc import Iterator
+from operator import is_
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from waveflow.engine.contract import Decoder
 from waveflow.engine.fast.int8 import int8_decoder
@@ -95,13 +97,41 @@ def make_decoder(
     return TorchDecoder(flow, dtype, compile)
 
 
-def weights_version(flow: Flow) -> tuple[tuple[int, int], ...]:
-    """Changes whenever a weight is changed in place, loaded, or moved.
+class WeightsVersion:
+    """The modules, parameters and buffers of a flow at a moment; two are equal if nothing changed.
 
-    Not seen are changes through `.data`, and of weights made in inference mode, which torch
-    does not count.
+    A change is a module or tensor that was replaced, moved, loaded or changed in place. Not seen
+    are changes in place through `.data`, changes of tensors made in inference mode (torch does not
+    count these), and attributes that are neither modules nor tensors.
     """
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in flow.parameters())
+
+    def __init__(self, flow: Flow) -> None:
+        modules = list(_modules(flow))
+        tensors = [
+            tensor
+            for module in modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        # The objects themselves, because an id may be given again.
+        self._objects = [*modules, *tensors]
+        self._counts = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, WeightsVersion)
+            and self._counts == other._counts
+            and len(self._objects) == len(other._objects)
+            and all(map(is_, self._objects, other._objects))
+        )
+
+
+def _modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all in it, as often as they are used."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _modules(child)
 
 
 def _seconds(decoder: Decoder, noise: Tensor, mel: Tensor) -> float:

@@ -41,6 +41,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._product is None:
+            if not torch.is_autocast_enabled(x.device.type):
+                return F.linear(x, self.weight, self.bias)
             with full_precision(x):
                 return F.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling():
@@ -58,13 +60,14 @@ class DecodingKit:
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
         # By module, because one that is used in several places has one stand-in.
-        self._made: dict[int, nn.Module] = {}
+        self._made: dict[int, tuple[nn.Module, nn.Module]] = {}
 
     def convert(self, module: nn.Module) -> nn.Module:
         """The stand-in of a module: its own choice, or a twin with converted children."""
         if id(module) not in self._made:
-            self._made[id(module)] = self._stand_in(module)
-        return self._made[id(module)]
+            # With the module itself, so that no other can get its id.
+            self._made[id(module)] = module, self._stand_in(module)
+        return self._made[id(module)][1]
 
     def replaced(self, module: nn.Module, **children: nn.Module) -> nn.Module:
         """A copy of a module with these children for its own; the others are converted."""

@@ -14,12 +14,11 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)
     for name in ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
 )
-# Multiply-adds of a product in the probe, a fraction of a millisecond; but rows enough to tell.
-_PROBE_WORK = 8_000_000
-_PROBE_ROWS = 64
-_PROBE_RUNS = 3
+# A product of ordinary size that the probe times: rows, and columns of input and result.
+_PROBE_SIZES = 128, 256, 256
+_PROBE_RUNS = 10
 # oneDNN's time must be less than this share of torch's own, or noise would choose.
-_WORTHWHILE = 0.95
+_WORTHWHILE = 0.9
 
 
 class Product:
@@ -27,8 +26,9 @@ class Product:
 
     Two routines can compute it: torch's own, which calls MKL on x86, and oneDNN's, which takes
     weights packed beforehand. On an AMD Zen 5 oneDNN makes twice as many float32 multiply-adds a
-    second; on a Zen 3 it makes a tenth fewer. A probe of a millisecond chooses, once for each
-    shape in a process.
+    second; on a Zen 3 it makes a tenth fewer. A probe of some milliseconds chooses, once in a
+    process for all shapes: a choice for each shape would differ from process to process where the
+    two are equal, and with it the last bits of the audio.
 
     Args:
         weight: (N, K), of any precision.
@@ -45,12 +45,9 @@ class Product:
     ) -> None:
         self._weight = weight.to(dtype).contiguous()
         self._bias = None if bias is None else bias.to(dtype)
-        n_threads = torch.get_num_threads()
-        self.packed = _onednn_has(weight.device, dtype) and _onednn_pays(
-            *weight.shape, dtype, n_rows, n_threads
-        )
+        self.packed = weight.device.type == "cpu" and onednn_pays(dtype, torch.get_num_threads())
         if self.packed:
-            self._weight = _pack(self._weight, n_rows)
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, n_rows)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The product of rows (L, K)."""
@@ -59,11 +56,13 @@ class Product:
         return F.linear(rows, self._weight, self._bias)
 
     def plus(self, rows: Tensor, other: Tensor) -> Tensor:
-        """The product of rows (L, K), and `other` (L, N) added to it."""
+        """The product of rows (L, K), and `other` (L, N), which is overwritten, added to it."""
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise.binary(
                 rows, other, self._weight, self._bias, "add"
             )
+        if self._bias is None:
+            return other.addmm_(rows, self._weight.T)
         return F.linear(rows, self._weight, self._bias).add_(other)
 
 
@@ -71,27 +70,17 @@ def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
-def _pack(weight: Tensor, n_rows: int) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
-
-
-def _onednn_has(device: torch.device, dtype: torch.dtype) -> bool:
-    return (
-        _HAS_ONEDNN
-        and device.type == "cpu"
-        and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
-
-
 @cache
-def _onednn_pays(n: int, k: int, dtype: torch.dtype, n_rows: int, n_threads: int) -> bool:
-    """Whether oneDNN computes a product of this shape faster than torch's own routine."""
-    rows = torch.ones(min(n_rows, max(_PROBE_ROWS, _PROBE_WORK // (n * k))), k, dtype=dtype)
-    weight, bias = torch.ones(n, k, dtype=dtype), torch.ones(n, dtype=dtype)
-    packed = _pack(weight, n_rows)
-    onednn, own = _shortest(
-        lambda: _onednn(rows, packed, bias), lambda: F.linear(rows, weight, bias)
-    )
+def onednn_pays(dtype: torch.dtype, n_threads: int) -> bool:
+    """Whether oneDNN computes products faster than torch's own routine on so many threads."""
+    if not _HAS_ONEDNN:
+        return False
+    if dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    n_rows, k, n = _PROBE_SIZES
+    rows, weight = torch.ones(n_rows, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
+    onednn, own = _shortest(lambda: _onednn(rows, packed, None), lambda: F.linear(rows, weight))
     return onednn < _WORTHWHILE * own
 
 

@@ -210,10 +210,13 @@ def _layer(layer: FoldedLayer, steering: Steering, dtype: torch.dtype) -> _Layer
     taps = scale * layer.taps.transpose(1, 2).flatten(1)
     out = 2 * torch.cat([layer.residual, layer.share])
     out_bias = torch.cat([layer.residual_bias, layer.share_bias])
+    # Then a sum of two matrices takes no pass of its own (`Product.plus`). A condition that is
+    # combined from fewer rows cannot bring the bias.
+    brings_bias = steering.n_rows == steering.n_positions
     reach = layer.dilation * (layer.taps.shape[2] // 2)
     return _Layer(
         range(-reach, reach + 1, layer.dilation),
-        Product(taps, dtype, _BLOCK, bias),
-        Product(scale * condition, dtype, _BLOCK),
+        Product(taps, dtype, _BLOCK, None if brings_bias else bias),
+        Product(scale * condition, dtype, _BLOCK, bias if brings_bias else None),
         Product(out, dtype, _BLOCK, out_bias),
     )
