@@ -132,3 +132,13 @@ def declaration(module: nn.Module, name: str) -> Callable[..., Any] | None:
     """The method `name` of a module, if the body of its own class defines it."""
     own = type_before_parametrizations(module)
     return getattr(module, name) if name in vars(own) else None
+
+
+def is_exactly(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is torch's own `kind`, so that its weights say all that it computes.
+
+    It may be parametrized (its weight is then the computed one), but it has no hooks and is of no
+    derived class.
+    """
+    has_hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return type_before_parametrizations(layer) is kind and not has_hooks

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from waveflow.context import Context, total_context
-from waveflow.decoding import IntegerGraph, Kit
+from waveflow.decoding import IntegerGraph, Kit, NotInIntegers, is_exactly
 
 
 class DepthwiseConv(nn.Conv1d):
@@ -81,17 +80,20 @@ class GatedLayer(nn.Module):
         return x + self.out(torch.tanh(a) * torch.sigmoid(b))
 
     def for_decoding(self, kit: Kit) -> nn.Module:
-        if kit.dtype != torch.float32 or not all(
-            type_before_parametrizations(layer) is nn.Linear for layer in self.children()
-        ):
+        if kit.dtype != torch.float32 or not self._has_plain_layers():
             return kit.replaced(self)
         return _FastGatedLayer(self, kit)
 
     def in_integers(self, graph: IntegerGraph, x: Any) -> Any:
+        if not self._has_plain_layers():
+            raise NotInIntegers
         weights = self.dilated.weight.chunk(self.kernel_size, 1)
         taps = graph.taps(x, self.dilated, weights, self.dilation)
         gated = graph.gate(taps, self.dilated.weight, self.dilated.bias)
         return graph.add(x, graph.apply(self.out, gated))
+
+    def _has_plain_layers(self) -> bool:
+        return is_exactly(self.dilated, nn.Linear) and is_exactly(self.out, nn.Linear)
 
 
 class _FastGatedLayer(nn.Module):

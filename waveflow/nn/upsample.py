@@ -3,9 +3,9 @@
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from waveflow.context import Context
+from waveflow.decoding import is_exactly
 
 
 class Upsample(nn.Module):
@@ -36,7 +36,7 @@ class Upsample(nn.Module):
     def is_plain(self) -> bool:
         """Whether its convolution is of the kind that `__init__` makes."""
         layer: Any = self.convolution
-        if type_before_parametrizations(layer) is not nn.ConvTranspose1d or layer.bias is None:
+        if not is_exactly(layer, nn.ConvTranspose1d) or layer.bias is None:
             return False
         settings = layer.stride, layer.padding, layer.output_padding, layer.dilation, layer.groups
         return settings == ((self.stride,), (0,), (0,), (1,), 1)

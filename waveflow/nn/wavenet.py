@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from waveflow.context import Context, total_context
-from waveflow.decoding import IntegerKit, NotInIntegers
+from waveflow.decoding import IntegerKit, NotInIntegers, is_exactly
 
 # Rows of a block in integers: enough for efficient products, few enough for the cache.
 _INTEGER_ROWS = 512
@@ -205,7 +204,7 @@ class _InIntegers(nn.Module):
 
 def _is_plain(layer: Any) -> bool:
     """Whether a layer is torch's own convolution, with zeros to the same length and a bias."""
-    if type_before_parametrizations(layer) is not nn.Conv1d or layer.bias is None:
+    if not is_exactly(layer, nn.Conv1d) or layer.bias is None:
         return False
     same = (layer.dilation[0] * (layer.kernel_size[0] // 2),)
     is_plain = (layer.stride, layer.groups, layer.padding_mode) == ((1,), 1, "zeros")

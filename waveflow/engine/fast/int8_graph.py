@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.parametrize import type_before_parametrizations
 
-from waveflow.decoding import NotInIntegers, declaration
+from waveflow.decoding import NotInIntegers, declaration, is_exactly
 
 Array = NDArray[np.float32]
 Node = Any  # of OpenVINO, which is imported where a graph is built
@@ -106,12 +105,15 @@ class RowGraph:
         return Rows(self._op.add(product, self._constant(bias)), x.lag)
 
     def apply(self, module: nn.Module, x: Rows) -> Rows:
-        kind: Any = type_before_parametrizations(module)
         layer: Any = module
-        if kind is nn.Linear and layer.bias is not None:
+        if is_exactly(layer, nn.Linear) and layer.bias is not None:
             integers = self.integers(x, layer, layer.weight)
             return self.product(integers, layer.weight, layer.bias)
-        if kind is nn.LayerNorm and layer.bias is not None and len(layer.normalized_shape) == 1:
+        if (
+            is_exactly(layer, nn.LayerNorm)
+            and layer.bias is not None
+            and len(layer.normalized_shape) == 1
+        ):
             return self._normalised(x, layer)
         describe = declaration(module, "in_integers")
         if describe is None:

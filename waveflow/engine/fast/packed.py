@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from waveflow.bijections.base import full_precision
-from waveflow.decoding import declaration
+from waveflow.decoding import declaration, is_exactly
 from waveflow.engine.fast.product import Product
 
 # What a product is packed for, four seconds of frames; any length works.
@@ -83,12 +83,12 @@ class DecodingKit:
         choose = declaration(module, "for_decoding")
         if choose is not None:
             return choose(self)
-        stand_in = twin_of(module, self.convert)
         # torch's own layer cannot say it itself.
-        if type(stand_in) is nn.Linear and self.dtype == torch.float32 and not _has_hooks(module):
-            packed = PackedLinear(stand_in.weight, stand_in.bias)
-            return packed if packed.is_faster else stand_in
-        return stand_in
+        if is_exactly(module, nn.Linear) and self.dtype == torch.float32:
+            packed = PackedLinear(module.weight, module.bias)  # type: ignore[arg-type]
+            if packed.is_faster:
+                return packed
+        return twin_of(module, self.convert)
 
 
 def with_packed_linears(module: nn.Module) -> nn.Module:
@@ -116,10 +116,6 @@ def twin_of(module: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.
         name: None if child is None else convert(child) for name, child in children.items()
     }
     return twin
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 # Compilers cannot take packed weights, and left to themselves they call MKL.
