@@ -106,14 +106,11 @@ class RowGraph:
 
     def apply(self, module: nn.Module, x: Rows) -> Rows:
         layer: Any = module
-        if is_exactly(layer, nn.Linear) and layer.bias is not None:
+        has_bias = getattr(layer, "bias", None) is not None
+        if has_bias and is_exactly(layer, nn.Linear):
             integers = self.integers(x, layer, layer.weight)
             return self.product(integers, layer.weight, layer.bias)
-        if (
-            is_exactly(layer, nn.LayerNorm)
-            and layer.bias is not None
-            and len(layer.normalized_shape) == 1
-        ):
+        if has_bias and is_exactly(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
             return self._normalised(x, layer)
         describe = declaration(module, "in_integers")
         if describe is None:
