@@ -1,6 +1,7 @@
 """WaveGlow in rows: the plain path's audio, for every configuration, length and batch."""
 
 import copy
+import time
 from typing import Any
 
 import pytest
@@ -10,17 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from waveflow.audio.mel import MEL_PRESETS
-from waveflow.bijections import Affine, Coupling
-from waveflow.engine import product
+from waveflow.bijections import Affine, Reverse, Squeeze
+from waveflow.engine.fast import product
 from waveflow.engine.fast.low_rank import Steering
 from waveflow.engine.fast.product import Product
-from waveflow.engine.fast.rows import RowsWaveGlow
+from waveflow.engine.fast.rows import RowsWaveGlow, rows_of
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.metrics.spectral import signal_to_noise_db
 from waveflow.models.frameglow import FrameGlowConfig, frameglow
 from waveflow.models.waveglow import UpsampledMel, WaveGlowConfig, waveglow
-from waveflow.nn.wavenet import WaveNet, fold_weight_norm
+from waveflow.nn.wavenet import WaveNet
 
 # What the engine promises; rounding to float32 leaves 120 to 135 dB.
 FLOAT32_DB = 110
@@ -61,6 +62,12 @@ def exact(flow: Flow, z: Tensor, mel: Tensor, lengths: Tensor | None = None) -> 
         return copy.deepcopy(flow).double().decode(z.double(), mel.double(), lengths)
 
 
+def rows_decoder(flow: Flow, dtype: torch.dtype = torch.float32) -> RowsWaveGlow:
+    rows = rows_of(flow)
+    assert rows is not None
+    return RowsWaveGlow(rows, dtype)
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> WaveGlowConfig:
     squeeze_factor = draw(st.sampled_from([4, 8, 16]))
@@ -90,25 +97,31 @@ def configs(draw: st.DrawFn) -> WaveGlowConfig:
 def test_any_configuration_and_length(config: WaveGlowConfig, n_frames: int) -> None:
     flow = random_flow(config)
     z, mel = noise_and_mel(flow, config.n_mels, n_frames)
-    audio = RowsWaveGlow(flow)(z, mel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product, "onednn_pays", lambda *_: False)
+        audio = rows_decoder(flow)(z, mel)
     assert audio.shape == (1, n_frames * config.hop_length)
     assert signal_to_noise_db(exact(flow, z, mel), audio) > FLOAT32_DB
 
 
 @pytest.mark.parametrize("changes", [{}, {"conditioning": "repeated"}, {"kernel_size": 5}])
 @pytest.mark.parametrize("n_frames", [1, 2, 70, 600])
-def test_borders_and_blocks(changes: dict[str, Any], n_frames: int) -> None:
+@pytest.mark.parametrize("packed", [True, False], ids=["oneDNN", "torch's own"])
+def test_borders_and_blocks(
+    changes: dict[str, Any], n_frames: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shorter than the largest dilation, 128 of 2 rows; and more rows than a block has."""
+    monkeypatch.setattr(product, "onednn_pays", lambda *_: packed)
     config = TINY.model_copy(update={"n_layers": 8, "n_flows": 2, **changes})
     flow = random_flow(config)
     z, mel = noise_and_mel(flow, config.n_mels, n_frames)
-    assert signal_to_noise_db(exact(flow, z, mel), RowsWaveGlow(flow)(z, mel)) > FLOAT32_DB
+    assert signal_to_noise_db(exact(flow, z, mel), rows_decoder(flow)(z, mel)) > FLOAT32_DB
 
 
 @pytest.mark.parametrize("conditioning", ["upsampled", "repeated"])
 def test_padding_does_not_leak(conditioning: str) -> None:
     flow = random_flow(TINY.model_copy(update={"conditioning": conditioning}))
-    decode = RowsWaveGlow(flow)
+    decode = rows_decoder(flow)
     z, mel = noise_and_mel(flow, TINY.n_mels, n_frames=9, n_items=3)
     lengths = torch.tensor([4, 9, 1])
     reference = exact(flow, z, mel, lengths)
@@ -128,27 +141,48 @@ def test_bfloat16() -> None:
     flow = random_flow(TINY.model_copy(update={"hidden_channels": 32}))
     z, mel = noise_and_mel(flow, TINY.n_mels, n_frames=50)
     reference = exact(flow, z, mel)
-    half = RowsWaveGlow(flow, torch.bfloat16)(z, mel)
+    half = rows_decoder(flow, torch.bfloat16)(z, mel)
     assert half.dtype == torch.float32
     assert 40 < signal_to_noise_db(reference, half) < 70
 
 
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_HAS_ONEDNN", False)
-    flow = random_flow(TINY)
-    z, mel = noise_and_mel(flow, TINY.n_mels, n_frames=7)
-    reference = exact(flow, z, mel)
-    assert signal_to_noise_db(reference, RowsWaveGlow(flow)(z, mel)) > FLOAT32_DB
-    assert signal_to_noise_db(reference, RowsWaveGlow(flow, torch.bfloat16)(z, mel)) > 40
+    assert not product.onednn_pays.__wrapped__(torch.float32, 1)
 
 
-def test_product() -> None:
+@pytest.mark.parametrize("packed", [True, False], ids=["oneDNN", "torch's own"])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_product(packed: bool, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "onednn_pays", lambda *_: packed)
     generator = torch.Generator().manual_seed(0)
     rows, other = (torch.randn(5, n, generator=generator) for n in (7, 3))
     weight, bias = torch.randn(3, 7, generator=generator), torch.randn(3, generator=generator)
-    times = Product(weight, torch.float32, 2, bias)
-    torch.testing.assert_close(times(rows), rows @ weight.T + bias)
-    torch.testing.assert_close(times.plus(rows, other), rows @ weight.T + bias + other)
+    expected = rows @ weight.T + (bias if with_bias else 0)
+    times = Product(weight, torch.float32, 2, bias if with_bias else None)
+    assert times.packed == packed
+    torch.testing.assert_close(times(rows), expected)
+    torch.testing.assert_close(times.plus(rows, other.clone()), expected + other)
+
+
+@pytest.mark.parametrize(("onednn", "packed"), [(0.5, True), (0.95, False), (1.1, False)])
+def test_the_faster_routine_is_taken(
+    onednn: float, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "_shortest", lambda *_: [onednn, 1.0])
+    assert product.onednn_pays.__wrapped__(torch.float32, 1) == packed
+
+
+def test_a_probe_takes_the_shortest_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    durations = iter([9.0, 7.0, 3.0, 2.0] + 30 * [5.0, 8.0])
+
+    def work() -> None:
+        nonlocal now
+        now += next(durations)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    assert product._shortest(work, work) == [3.0, 2.0]
 
 
 def upsampled(weight: Tensor) -> tuple[Flow, UpsampledMel]:
@@ -164,9 +198,9 @@ def check_rank(weight: Tensor, n_rows: int, n_columns: int) -> None:
     """Of 8 rows for each frame and 32 columns at full rank; and the audio is what it was."""
     flow, conditioner = upsampled(weight)
     z, mel = noise_and_mel(flow, TINY.n_mels, n_frames=10)
-    rows = Steering(conditioner, n_frames=10).rows(mel[0].T)
+    rows = Steering(*conditioner.affine_map(), n_frames=10).rows(mel[0].T)
     assert rows.shape == (10 * n_rows, n_columns)
-    assert signal_to_noise_db(exact(flow, z, mel), RowsWaveGlow(flow)(z, mel)) > FLOAT32_DB
+    assert signal_to_noise_db(exact(flow, z, mel), rows_decoder(flow)(z, mel)) > FLOAT32_DB
 
 
 def test_upsampler_of_full_rank_is_left_as_it_is() -> None:
@@ -193,7 +227,7 @@ def test_an_upsampler_of_zeros_has_no_rank_to_compare_with() -> None:
 
 def test_repeated_frames_take_one_row_each() -> None:
     flow = random_flow(TINY.model_copy(update={"conditioning": "repeated"}))
-    steering = Steering(flow.conditioner, n_frames=3)  # type: ignore[arg-type]
+    steering = Steering(*flow.conditioner.affine_map(), n_frames=3)
     mel = torch.arange(12.0).reshape(3, 4)
     rows = steering.rows(mel)
     assert rows.shape == (3, 4)
@@ -203,38 +237,88 @@ def test_repeated_frames_take_one_row_each() -> None:
 def test_holds_the_weights_it_was_built_from() -> None:
     flow = random_flow(TINY)
     z, mel = noise_and_mel(flow, TINY.n_mels, n_frames=3)
-    decode = RowsWaveGlow(flow)
+    decode = rows_decoder(flow)
     before = decode(z, mel)
     for parameter in flow.parameters():
         parameter.data.mul_(1.1)
     assert torch.equal(decode(z, mel), before)
-    assert signal_to_noise_db(exact(flow, z, mel), RowsWaveGlow(flow)(z, mel)) > FLOAT32_DB
+    assert signal_to_noise_db(exact(flow, z, mel), rows_decoder(flow)(z, mel)) > FLOAT32_DB
 
 
-def test_refuses_what_it_cannot_run() -> None:
+def test_other_flows_are_not_run_in_rows() -> None:
     config = FrameGlowConfig(n_flows=1, hidden_channels=16, encoder_channels=16, encoder_layers=1)
-    of_frames = frameglow(config, MEL_PRESETS["hifigan"])
-    bounded = random_flow(TINY)
-    for module in bounded.modules():
-        if isinstance(module, Coupling):
-            module.map = Affine(bound=1.0)
-    for flow in (of_frames, bounded):
-        assert not RowsWaveGlow.takes(flow)
-        with pytest.raises(ConfigError, match="no WaveGlow"):
-            RowsWaveGlow(flow)
-    assert RowsWaveGlow.takes(random_flow(TINY))
+    assert rows_of(frameglow(config, MEL_PRESETS["hifigan"])) is None
+    rows = rows_of(random_flow(TINY))
+    assert rows is not None
     with pytest.raises(ConfigError, match="float16"):
-        RowsWaveGlow(random_flow(TINY), torch.float16)
-    with pytest.raises(ConfigError, match="CPU"):
-        RowsWaveGlow(random_flow(TINY).to("meta"))
+        RowsWaveGlow(rows, torch.float16)
 
 
-def test_weight_norm_is_folded_in_place() -> None:
+def subclass_of(value: Any) -> None:
+    """Gives an object a class that is derived from its own, as a user's would be."""
+    value.__class__ = type("Mine", (type(value),), {})
+
+
+def changed_bound(flow: Any) -> None:
+    flow.bijection[2].map = Affine(bound=1.0)
+
+
+def changed_dilation(flow: Any) -> None:
+    """Still a WaveNet of plain convolutions, so it is run in rows."""
+    torch.manual_seed(1)
+    flow.bijection[2].network.in_layers[0] = torch.nn.Conv1d(8, 16, 5, padding=18, dilation=9)
+
+
+def grouped(flow: Any) -> None:
+    flow.bijection[2].network.in_layers[0] = torch.nn.Conv1d(8, 16, 3, padding=1, groups=2)
+
+
+def another_squeeze(flow: Any) -> None:
+    flow.bijection.steps[0] = Squeeze(4)
+
+
+def another_step(flow: Any) -> None:
+    flow.bijection.steps.insert(1, Reverse(8))
+
+
+def a_step_behind(flow: Any) -> None:
+    flow.bijection.steps.append(Reverse(8))
+
+
+CHANGES = {
+    "flow": lambda flow: subclass_of(flow),
+    "conditioner": lambda flow: subclass_of(flow.conditioner),
+    "upsampler": lambda flow: subclass_of(flow.conditioner.upsample),
+    "upsampling convolution": lambda flow: subclass_of(flow.conditioner.upsample.convolution),
+    "chain": lambda flow: subclass_of(flow.bijection),
+    "squeeze": lambda flow: subclass_of(flow.bijection[0]),
+    "convolution": lambda flow: subclass_of(flow.bijection[1]),
+    "coupling": lambda flow: subclass_of(flow.bijection[2]),
+    "network": lambda flow: subclass_of(flow.bijection[2].network),
+    "map": lambda flow: subclass_of(flow.bijection[2].map),
+    "split": lambda flow: subclass_of(flow.bijection[2].split),
+    "factor out": lambda flow: subclass_of(flow.bijection[5]),
+    "chain of a level": lambda flow: subclass_of(flow.bijection[5].rest),
+    "end": lambda flow: subclass_of(flow.bijection[2].network.end),
+    "bound": changed_bound,
+    "groups": grouped,
+    "another squeeze": another_squeeze,
+    "another step": another_step,
+    "a step behind": a_step_behind,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_part_is_not_run_in_rows(change: str) -> None:
+    """Whatever is not exactly what the builder makes may compute something else."""
     flow = random_flow(TINY)
-    z, mel = noise_and_mel(flow, TINY.n_mels, n_frames=5)
-    reference = exact(flow, z, mel)
-    assert fold_weight_norm(flow) is flow
-    assert not [name for name in flow.state_dict() if "parametrizations" in name]
-    # The weights are rounded to float32 one by one as before, and nothing else changes.
-    assert signal_to_noise_db(reference, flow.decode(z, mel)) > FLOAT32_DB
-    assert signal_to_noise_db(reference, RowsWaveGlow(flow)(z, mel)) > FLOAT32_DB
+    assert rows_of(flow) is not None
+    CHANGES[change](flow)
+    assert rows_of(flow) is None
+
+
+def test_other_weights_of_the_same_kind_are_run_in_rows() -> None:
+    flow = random_flow(TINY)
+    changed_dilation(flow)
+    z, mel = noise_and_mel(flow, TINY.n_mels, n_frames=7)
+    assert signal_to_noise_db(exact(flow, z, mel), rows_decoder(flow)(z, mel)) > FLOAT32_DB

@@ -13,7 +13,7 @@ TREES = {
 # A part imports its own level and those before it.
 LEVELS = [
     {"errors", "files", "processes"},
-    {"audio", "bijections", "buffers", "context", "distributions", "nn"},
+    {"audio", "bijections", "buffers", "context", "decoding", "distributions", "nn"},
     {"flow", "model_files", "objective", "pretrained"},
     {"models"},
     {"checkpoint"},

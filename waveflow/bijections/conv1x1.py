@@ -11,13 +11,14 @@ from waveflow.bijections.base import (
     sum_log_det,
 )
 from waveflow.context import Context
+from waveflow.decoding import Kit
 
 
 class InvertibleConv1x1(Bijection):
     """z = W x at every position; log-determinant L log|det W| (Kingma, Dhariwal 2018, 3.2).
 
     Never computed below float32. `inverse` inverts W in float64 at each call, because the
-    weights may have changed; a decoder inverts it once (engine/decoder.py).
+    weights may have changed; a decoder inverts it once (`for_decoding`).
 
     Args:
         channels: C.
@@ -56,6 +57,9 @@ class InvertibleConv1x1(Bijection):
         check_channels(self, z, self.channels)
         return _mix(self.inverted(), z), _sum(-self.log_abs_det(), z, cond)
 
+    def for_decoding(self, kit: Kit) -> nn.Module:
+        return _Inverted(self, kit)
+
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
 
@@ -89,6 +93,24 @@ class InvertibleConv1x1PLU(InvertibleConv1x1):
 
     def log_abs_det(self) -> Tensor:
         return self.log_diagonal.sum()
+
+    for_decoding = InvertibleConv1x1.for_decoding
+
+
+class _Inverted(Bijection):
+    """An invertible 1x1 convolution whose inverse is computed once, for `inverse` alone."""
+
+    context = Context()
+    log_abs_det: Tensor
+
+    @torch.no_grad()
+    def __init__(self, convolution: InvertibleConv1x1, kit: Kit) -> None:
+        super().__init__()
+        self.linear = kit.linear(convolution.inverted())
+        self.register_buffer("log_abs_det", convolution.log_abs_det())
+
+    def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        return self.linear(z.transpose(1, 2)).transpose(1, 2), _sum(-self.log_abs_det, z, cond)
 
 
 def _mix(matrix: Tensor, x: Tensor) -> Tensor:

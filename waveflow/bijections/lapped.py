@@ -5,11 +5,12 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from waveflow.bijections.base import Bijection, Condition, full_precision, zero_log_det
 from waveflow.buffers import ExactBuffers
 from waveflow.context import Context
+from waveflow.decoding import Kit
 
 
 class LappedSqueeze(ExactBuffers, Bijection):
@@ -43,7 +44,7 @@ class LappedSqueeze(ExactBuffers, Bijection):
         self.quadrature = quadrature
         self.context = Context(n, n)
         cosine, sine = _edge_rotation(n)
-        self.register_exact("matrix", _type_four(n, quadrature))
+        self.transform = BlockTransform(n, quadrature)
         self.register_exact("cosine", cosine)
         self.register_exact("sine", -sine if quadrature else sine)
 
@@ -62,11 +63,6 @@ class LappedSqueeze(ExactBuffers, Bijection):
             raise ValueError(f"LappedSqueeze({self.n}) makes {self.n} bands, not {z.shape[1]}")
         blocks = self._rotate(self.transform(z.transpose(1, 2)), cond, sign=-1)
         return blocks.reshape(z.shape[0], 1, -1), zero_log_det(z)
-
-    def transform(self, blocks: Tensor) -> Tensor:
-        """Each block (B, L, n) into bands or back."""
-        with full_precision(blocks):
-            return blocks @ self.exact("matrix", blocks)
 
     def _rotate(self, blocks: Tensor, cond: Condition | None, sign: int) -> Tensor:
         """Rotates the pairs (edge + i, edge - 1 - i) at each inner edge; sign -1 undoes it."""
@@ -88,6 +84,23 @@ class LappedSqueeze(ExactBuffers, Bijection):
 
     def extra_repr(self) -> str:
         return f"n={self.n}" + (", quadrature=True" if self.quadrature else "")
+
+
+class BlockTransform(ExactBuffers):
+    """The orthonormal DCT-IV, or DST-IV, of every block (B, L, n), which is its own inverse."""
+
+    matrix: Tensor
+
+    def __init__(self, n: int, sine: bool) -> None:
+        super().__init__()
+        self.register_exact("matrix", _type_four(n, sine))
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        with full_precision(blocks):
+            return blocks @ self.exact("matrix", blocks)
+
+    def for_decoding(self, kit: Kit) -> nn.Module:
+        return kit.linear(self.matrix)
 
 
 def _type_four(n: int, sine: bool) -> NDArray[np.float64]:

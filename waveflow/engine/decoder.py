@@ -1,23 +1,25 @@
-"""The one place that chooses how a flow is run: noise and mel to audio.
+"""Chooses the decoder of a flow: what runs it from noise and mel to audio.
 
-    model, device          float32         bfloat16, float16        int8
-    WaveGlow on a CPU      rows.py         rows.py (bfloat16)       int8.py
-    everything else        torch_decoder   torch_decoder            int8.py (CPU)
+    flow, device              float32         bfloat16, float16        int8
+    has `rows`, on a CPU      rows.py         rows.py (bfloat16)       int8.py
+    any other                 torch_decoder   torch_decoder            int8.py (CPU)
 
-`compile` always means torch_decoder's `torch.compile`. The plain path is `flow.decode`; every
-other is compared with it in the tests and in `waveflow bench`.
+A WaveGlow has `rows`. `compile` always takes torch_decoder. The plain path is `flow.decode`; all
+others are compared with it in the tests and in `benchmarks/`.
 """
 
 import time
+from collections.abc import Iterator
+from operator import is_
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from waveflow.engine.contract import Decoder
 from waveflow.engine.fast.int8 import int8_decoder
-from waveflow.engine.fast.rows import RowsWaveGlow
-from waveflow.engine.fast.torch_decoder import TorchDecoder
+from waveflow.engine.fast.rows import RowsWaveGlow, rows_of
+from waveflow.engine.fast.torch_decoder import TorchDecoder, device_of
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 
@@ -44,7 +46,7 @@ def choose_decoder(flow: Flow, n_mels: int, compile: bool = False) -> Choice:
     bfloat16 products at half the rate of float32 and the other at four times it. And with the
     decoders themselves, because a small network gains less than its products.
     """
-    device = next(flow.parameters()).device
+    device = device_of(flow)
     mel = torch.full((1, n_mels, PROBE_FRAMES), -5.0, device=device)
     noise = flow.noise(PROBE_FRAMES, [0]).to(device)
     full = make_decoder(flow, "float32", compile)
@@ -78,7 +80,7 @@ def make_decoder(
     Raises:
         ConfigError: a precision that this device or installation does not have.
     """
-    device = next(flow.parameters()).device
+    device = device_of(flow)
     on_cpu = device.type == "cpu"
     if precision == "int8":
         if calibration_mel is None:
@@ -89,18 +91,47 @@ def make_decoder(
     if precision == "float16" and on_cpu:
         raise ConfigError("float16 is for GPUs: give float32, bfloat16 or int8 on a CPU")
     dtype = getattr(torch, precision)
-    if on_cpu and not compile and RowsWaveGlow.takes(flow):
-        return RowsWaveGlow(flow, dtype)
+    rows = rows_of(flow) if on_cpu and not compile else None
+    if rows is not None:
+        return RowsWaveGlow(rows, dtype)
     return TorchDecoder(flow, dtype, compile)
 
 
-def weights_version(flow: Flow) -> tuple[tuple[int, int], ...]:
-    """Changes whenever a weight is changed in place, loaded, or moved.
+class WeightsVersion:
+    """The modules, parameters and buffers of a flow at a moment; two are equal if nothing changed.
 
-    Not seen are changes through `.data`, and of weights made in inference mode, which torch
-    does not count.
+    A change is a module or tensor that was replaced, moved, loaded or changed in place. Not seen
+    are changes in place through `.data`, changes of tensors made in inference mode (torch does not
+    count these), and attributes that are neither modules nor tensors.
     """
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in flow.parameters())
+
+    def __init__(self, flow: Flow) -> None:
+        modules = list(_modules(flow))
+        tensors = [
+            tensor
+            for module in modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        # The objects themselves, because an id may be given again.
+        self._objects = [*modules, *tensors]
+        self._counts = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, WeightsVersion)
+            and self._counts == other._counts
+            and len(self._objects) == len(other._objects)
+            and all(map(is_, self._objects, other._objects))
+        )
+
+
+def _modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all in it, as often as they are used."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _modules(child)
 
 
 def _seconds(decoder: Decoder, noise: Tensor, mel: Tensor) -> float:

@@ -22,9 +22,9 @@ from waveflow.engine.checks import checked_audio, checked_lengths, checked_mel
 from waveflow.engine.contract import Decoder
 from waveflow.engine.decoder import (
     Precision,
+    WeightsVersion,
     choose_decoder,
     make_decoder,
-    weights_version,
 )
 from waveflow.engine.fast.int8 import speech_like_mel
 from waveflow.engine.options import OWN_OPTIONS, Speech, SynthesisOptions
@@ -96,7 +96,7 @@ class Vocoder:
     @property
     def decoder(self) -> Decoder:
         """Noise and mel to audio, for every synthesis. Made anew when weights change."""
-        version = weights_version(self.flow)
+        version = WeightsVersion(self.flow)
         if self._decoder is None or self._decoder[0] != version:
             self._denoisers.clear()
             self._decoder = version, self._decoder_of(self.flow)

@@ -15,6 +15,7 @@ shift and as "demodulated" inputs, the passive bins times E, which are the phase
 relative to the source. E is a function of the mel, so the likelihood stays exact.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,7 @@ from waveflow.bijections import (
 )
 from waveflow.bijections.base import full_precision, zero_padding
 from waveflow.context import Context, context_of, total_context
+from waveflow.decoding import IntegerKit
 from waveflow.errors import ConfigError
 from waveflow.flow import Conditioner, Flow, State
 from waveflow.models.registry import FlowConfig, register
@@ -44,6 +46,9 @@ from waveflow.nn.frame import ConvNeXt, GatedStack
 from waveflow.nn.pitch import PitchHead
 from waveflow.nn.source import HarmonicSource
 from waveflow.objective import Batch, Loss, Phase
+
+# Rows of a block in integers: a second at 22,050 Hz and the rows that the networks lag behind.
+_INTEGER_ROWS = 96
 
 
 class FrameGlowConfig(FlowConfig):
@@ -275,6 +280,26 @@ class FrameNetwork(nn.Module):
         shift = shift + gain * source[..., self.active]
         shift = shift + quadrature_gain * quadrature[..., self.active]
         return torch.cat([shift, log_scale], -1).transpose(1, 2)
+
+    def for_integers(self, kit: IntegerKit) -> nn.Module:
+        """A copy whose layers, from `enter` to `leave`, are one graph."""
+        graph = kit.graph(_INTEGER_ROWS, self.context, channel_axis=2)
+        x = graph.input(self.enter.in_features)
+        for layer in (self.enter, self.body, self.norm, self.leave):
+            x = graph.apply(layer, x)
+        body, same = _InIntegers(graph.compiled(x)), nn.Identity()
+        return kit.replaced(self, enter=same, body=body, norm=same, leave=same)
+
+
+class _InIntegers(nn.Module):
+    """Layers as a compiled graph, for one item (1, L, C) without padding."""
+
+    def __init__(self, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self._run(x[0])[None]
 
 
 def _zero_linear(n_in: int, n_out: int) -> nn.Linear:

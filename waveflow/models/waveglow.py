@@ -1,9 +1,11 @@
 """WaveGlow (Prenger, Valle, Catanzaro 2018), as its published code builds it."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from pydantic import PositiveInt, model_validator
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from waveflow.audio.mel import MelConfig
 from waveflow.bijections import (
@@ -19,11 +21,12 @@ from waveflow.bijections import (
 from waveflow.bijections.base import zero_padding
 from waveflow.bijections.squeeze import squeeze
 from waveflow.context import Context
+from waveflow.decoding import declaration
 from waveflow.errors import ConfigError
 from waveflow.flow import Conditioner, Flow, State
 from waveflow.models.registry import FlowConfig, register
 from waveflow.nn.upsample import Upsample
-from waveflow.nn.wavenet import WaveNet
+from waveflow.nn.wavenet import FoldedWaveNet, WaveNet
 
 
 class WaveGlowConfig(FlowConfig):
@@ -135,7 +138,78 @@ def waveglow(config: WaveGlowConfig, mel: MelConfig | None = None) -> Flow:
         level.steps.append(InvertibleConv1x1(channels))
         halves = Halves(swap=config.alternate and k % 2 == 1)
         level.steps.append(Coupling(network, Affine(), halves))
-    return Flow(whole, conditioner, config.squeeze_factor, config.hop_length)
+    return WaveGlow(whole, conditioner, config.squeeze_factor, config.hop_length)
+
+
+class WaveGlowStep(NamedTuple):
+    """A step of a WaveGlow, all weights in float64.
+
+    Attributes:
+        n_early: channels that leave before the step.
+        unmix: (C, C), the inverse of its 1x1 convolution.
+        swap: whether the second half of the channels is passive.
+        network: of its coupling.
+    """
+
+    n_early: int
+    unmix: Tensor
+    swap: bool
+    network: FoldedWaveNet
+
+
+class WaveGlowRows(NamedTuple):
+    """The weights of a WaveGlow for a decoder that runs it in rows of channels.
+
+    Attributes:
+        hop_length: audio samples for each mel frame.
+        condition: the conditioner's `affine_map`.
+        steps: in the order of `forward`, through all levels.
+    """
+
+    hop_length: int
+    condition: tuple[Tensor, Tensor]
+    steps: list[WaveGlowStep]
+
+
+class WaveGlow(Flow):
+    """A flow that `waveglow` builds. It can be run in rows of channels (engine/fast/rows.py)."""
+
+    @torch.no_grad()
+    def rows(self) -> WaveGlowRows | None:
+        """Its weights; None if a part was replaced by another kind of module."""
+        affine_map = declaration(self.conditioner, "affine_map")
+        condition = None if affine_map is None else affine_map()
+        chain = self.bijection
+        if condition is None or type(chain) is not Chain or len(chain) < 2:
+            return None
+        if type(chain[0]) is not Squeeze or chain[0].factor != self.channels:
+            return None
+        steps: list[WaveGlowStep] = []
+        n_early, level = 0, list(chain)[1:]
+        while level:
+            first, *level = level
+            if type(first) is FactorOut and type(first.rest) is Chain and not level:
+                n_early, level = n_early + first.n, list(first.rest)
+                continue
+            step = _step(n_early, first, level.pop(0)) if level else None
+            if step is None:
+                return None
+            steps.append(step)
+            n_early = 0
+        return WaveGlowRows(self.hop_length, condition, steps) if steps else None
+
+
+def _step(n_early: int, mix: nn.Module, coupling: nn.Module) -> WaveGlowStep | None:
+    """A step of exactly the parts that `waveglow` builds, or None."""
+    if type(mix) is not InvertibleConv1x1 or type(coupling) is not Coupling:
+        return None
+    network, map, split = coupling.network, coupling.map, coupling.split
+    if type(network) is not WaveNet or type(map) is not Affine or type(split) is not Halves:
+        return None
+    folded = network.folded()
+    if folded is None or map.bound is not None:
+        return None
+    return WaveGlowStep(n_early, torch.linalg.inv(mix.weight.double()), split.swap, folded)
 
 
 class UpsampledMel(Conditioner):
@@ -155,6 +229,27 @@ class UpsampledMel(Conditioner):
             mask = mask.repeat_interleave(self.upsample.stride // self.squeeze_factor, 2)
         return Condition(features, mask)
 
+    def affine_map(self) -> tuple[Tensor, Tensor] | None:
+        """The features as an affine function of mel frames, in float64; None if it is another.
+
+        Returns:
+            Maps (P, N, taps M) of a window of frames, newest first, to the N features of each of
+            a frame's P positions; and the offset (N,) of all.
+        """
+        if type(self.upsample) is not Upsample or not self.upsample.is_plain():
+            return None
+        convolution, n, stride = (
+            self.upsample.convolution,
+            self.squeeze_factor,
+            self.upsample.stride,
+        )
+        weight = convolution.weight.double()
+        weight = F.pad(weight, (0, -weight.shape[2] % stride))
+        weight = weight.unflatten(2, (-1, stride // n, n))  # (M in, M out, taps, P, n)
+        assert convolution.bias is not None
+        offset = convolution.bias.double().repeat_interleave(n)
+        return weight.permute(3, 1, 4, 2, 0).flatten(3).flatten(1, 2), offset
+
 
 class RepeatedMel(Conditioner):
     """Each mel frame held through its hop: M features, `times` positions for a frame."""
@@ -171,3 +266,8 @@ class RepeatedMel(Conditioner):
         if mask is not None:
             mel, mask = zero_padding(mel, mask), mask.repeat_interleave(self.times, 2)
         return Condition(mel.repeat_interleave(self.times, 2), mask)
+
+    def affine_map(self) -> tuple[Tensor, Tensor]:
+        """As `UpsampledMel.affine_map`, of one frame."""
+        eye = torch.eye(self.n_features, dtype=torch.float64)
+        return eye.expand(self.times, -1, -1), eye.new_zeros(len(eye))

@@ -1,8 +1,11 @@
 """Upsample: mel frames to audio samples."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from waveflow.context import Context
+from waveflow.decoding import is_exactly
 
 
 class Upsample(nn.Module):
@@ -29,3 +32,11 @@ class Upsample(nn.Module):
             # Selected, not multiplied: padding may hold NaN.
             mel = mel.masked_fill(mask == 0, 0.0)
         return self.convolution(mel)[..., : mel.shape[2] * self.stride]
+
+    def is_plain(self) -> bool:
+        """Whether its convolution is of the kind that `__init__` makes."""
+        layer: Any = self.convolution
+        if not is_exactly(layer, nn.ConvTranspose1d) or layer.bias is None:
+            return False
+        settings = layer.stride, layer.padding, layer.output_padding, layer.dilation, layer.groups
+        return settings == ((self.stride,), (0,), (0,), (1,), 1)

@@ -1,10 +1,54 @@
 """WaveNet: the coupling network of WaveGlow."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from waveflow.context import Context, total_context
+from waveflow.decoding import IntegerKit, NotInIntegers, is_exactly
+
+# Rows of a block in integers: enough for efficient products, few enough for the cache.
+_INTEGER_ROWS = 512
+
+
+class FoldedLayer(NamedTuple):
+    """A layer of a `WaveNet`, all weights in float64.
+
+    Attributes:
+        dilation: of its taps.
+        taps, condition: (2 C, C, k) and (2 C, M), added to `bias` (2 C,) before the gate.
+        residual: (C, C) of the gate's result, or (0, C) in the last layer; with its bias.
+        share: (N, C), the layer's share of the network's result; with its bias.
+    """
+
+    dilation: int
+    taps: Tensor
+    condition: Tensor
+    bias: Tensor
+    residual: Tensor
+    residual_bias: Tensor
+    share: Tensor
+    share_bias: Tensor
+
+
+class FoldedWaveNet(NamedTuple):
+    """The weights of a `WaveNet` without its skip path, in float64.
+
+    The result is `bias` and the sum of the layers' shares, because `end` is linear.
+
+    Attributes:
+        start, start_bias: (C, Cp) and (C,), from x to the first layer's input.
+        layers: in their order.
+        bias: (N,), of the result.
+    """
+
+    start: Tensor
+    start_bias: Tensor
+    layers: list[FoldedLayer]
+    bias: Tensor
 
 
 class WaveNet(nn.Module):
@@ -82,3 +126,95 @@ class WaveNet(nn.Module):
                 h = h + residual[0]
             skips = skips + skip
         return self.end(skips)
+
+    @torch.no_grad()
+    def folded(self) -> FoldedWaveNet | None:
+        """Its weights as matrices; None if a layer is not of the kind that `__init__` makes."""
+        pointwise = [self.start, self.cond_layer, self.end, *self.res_skip_layers]
+        if not all(map(_is_plain, [*pointwise, *self.in_layers])):
+            return None
+        if any(layer.kernel_size != (1,) for layer in pointwise):
+            return None
+        width, n_layers = self.hidden_channels, len(self.in_layers)
+        end, end_bias = _matrix(self.end), _bias(self.end)
+        conditions = _matrix(self.cond_layer).chunk(n_layers)
+        condition_biases = _bias(self.cond_layer).chunk(n_layers)
+        layers = []
+        dilated: Any
+        for dilated, res_skip, condition, condition_bias in zip(
+            self.in_layers, self.res_skip_layers, conditions, condition_biases, strict=True
+        ):
+            residual, skip = _matrix(res_skip).tensor_split([-width])
+            residual_bias, skip_bias = _bias(res_skip).tensor_split([-width])
+            layers.append(
+                FoldedLayer(
+                    dilated.dilation[0],
+                    dilated.weight.double(),
+                    condition,
+                    condition_bias + _bias(dilated),
+                    residual,
+                    residual_bias,
+                    end @ skip,
+                    end @ skip_bias,
+                )
+            )
+        return FoldedWaveNet(_matrix(self.start), _bias(self.start), layers, end_bias)
+
+    def for_integers(self, kit: IntegerKit) -> nn.Module:
+        """The network as one graph."""
+        folded = self.folded()
+        if folded is None:
+            raise NotInIntegers
+        graph = kit.graph(_INTEGER_ROWS, self.context, channel_axis=1)
+        x = graph.input(folded.start.shape[1])
+        features = graph.input(folded.layers[0].condition.shape[1])
+        all_conditions = torch.cat([layer.condition for layer in folded.layers])
+        features = graph.integers(features, self.cond_layer, all_conditions)
+        h = graph.valid(graph.affine(x, folded.start, folded.start_bias))
+        result = None
+        for layer, dilated, res_skip in zip(
+            folded.layers, self.in_layers, self.res_skip_layers, strict=True
+        ):
+            taps = layer.taps.unbind(2)
+            gated = graph.gate(
+                graph.join(graph.taps(h, dilated, taps, layer.dilation), features),
+                torch.cat([*taps, layer.condition], 1),
+                layer.bias,
+            )
+            gated = graph.integers(gated, res_skip, _matrix(res_skip))
+            bias = layer.share_bias if result is not None else layer.share_bias + folded.bias
+            share = graph.product(gated, layer.share, bias)
+            result = share if result is None else graph.add(result, share)
+            if len(layer.residual):
+                residual = graph.product(gated, layer.residual, layer.residual_bias)
+                h = graph.valid(graph.add(h, residual))
+        return _InIntegers(graph.compiled(result))
+
+
+class _InIntegers(nn.Module):
+    """A network as a compiled graph, for one item without padding."""
+
+    def __init__(self, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, x: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self._run(x[0].T, features[0].T).T[None]
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer is torch's own convolution, with zeros to the same length and a bias."""
+    if not is_exactly(layer, nn.Conv1d) or layer.bias is None:
+        return False
+    same = (layer.dilation[0] * (layer.kernel_size[0] // 2),)
+    is_plain = (layer.stride, layer.groups, layer.padding_mode) == ((1,), 1, "zeros")
+    return is_plain and layer.padding == same and layer.kernel_size[0] % 2 == 1
+
+
+def _matrix(convolution: Any) -> Tensor:
+    """The weight (N, K) of a 1x1 convolution, in float64."""
+    return convolution.weight.double()[:, :, 0]
+
+
+def _bias(convolution: Any) -> Tensor:
+    return convolution.bias.double()

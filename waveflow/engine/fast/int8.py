@@ -1,11 +1,13 @@
 """The flow's inverse on a CPU with the matrix products of its networks in 8-bit integers.
 
-In int8 run the coupling networks of a WaveGlow without their first layer (99.9 % of their
-multiply-adds) and those of a FrameGlow. The rest is `Flow.decode` itself in float32.
+A network says itself how it runs in integers (`waveflow.decoding.IntegerKit`): those of a
+WaveGlow without their first layer (99.9 % of their multiply-adds) and those of a FrameGlow. The
+rest runs as in float32.
 
-- Weights are rounded to 8 bits with a scale for each output; inputs too, with a fixed scale for
-  each channel, which is folded into the weights. Those scales come from the largest inputs in a
-  float32 synthesis of a calibration mel; what lies beyond them later is clipped.
+- Weights are rounded to 8 bits with a scale for each output, or to 7 bits on a CPU that sums
+  products in 16 bits (`int8_graph.largest_weight`). Inputs are rounded to 8 bits with a fixed
+  scale for each channel, which is folded into the weights. These scales come from the largest
+  inputs in a float32 synthesis of a calibration mel; larger inputs are clipped later.
 - Exact folds: weight norm; `end` times each layer's skip matrix, so that the skip path of C
   channels is gone; a layer's taps and its features side by side, so that it is one product.
 - Rows pass in blocks of one size, so that nothing is compiled for a length and memory does not
@@ -19,31 +21,24 @@ blocks and with all the rest of the model, a WaveGlow gains 5.7 times at 1 s and
 FrameGlow of 256 bins 1.2 and 1.3.
 """
 
-import copy
 import importlib.util
-from collections.abc import Iterable, Sequence
-from typing import Any
+import logging
+import math
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from waveflow.bijections import Condition, Coupling
-from waveflow.context import context_of
+from waveflow.bijections import Condition
+from waveflow.context import Context
+from waveflow.decoding import NotInIntegers, declaration
 from waveflow.engine.contract import each_item
-from waveflow.engine.fast.int8_graph import LARGEST, Array, Node, RowBlocks, RowGraph
+from waveflow.engine.fast.int8_graph import WEIGHT_8_BITS, Array, RowGraph, largest_weight
+from waveflow.engine.fast.packed import DecodingKit
 from waveflow.errors import ConfigError
 from waveflow.flow import Conditioner, Flow, State
-from waveflow.models.frameglow import FrameNetwork
-from waveflow.nn.frame import GatedStack
-from waveflow.nn.wavenet import WaveNet
 
-# Rows of a block: of a WaveGlow, enough for the products to be efficient and few enough for the
-# cache; of a FrameGlow, one second at 22,050 Hz and the rows that its networks lag behind.
-_GROUP_ROWS = 512
-_FRAME_ROWS = 96
-# Of the largest channel's peak: what a channel that was silent in calibration may reach.
-_SILENT = 1e-3
+logger = logging.getLogger(__name__)
 
 
 class Int8Decoder:
@@ -64,11 +59,7 @@ class Int8Decoder:
         lengths: Tensor | None = None,
         state: State = None,
     ) -> Tensor:
-        """Noise z (B, C, L) and mel (B, M, F) to audio (B, C L), as `Flow.decode`.
-
-        `lengths` (B,) are the frames of each padded item; its audio beyond them is zero.
-        `state` is the conditioner's.
-        """
+        """Noise z (B, C, L) and mel (B, M, F) to audio (B, C L), as `Flow.decode`."""
         return each_item(self._item, self._flow.hop_length, z, mel, lengths, state)
 
     def _item(self, z: Tensor, mel: Tensor, state: State) -> Tensor:
@@ -79,7 +70,7 @@ def int8_decoder(flow: Flow, calibration_mel: Tensor) -> Int8Decoder:
     """Calibrates a flow and compiles its networks: some seconds for a WaveGlow of 256 channels.
 
     Args:
-        flow: a WaveGlow, or a FrameGlow with `network="wavenet"`, on the CPU.
+        flow: with networks that run in int8, on the CPU.
         calibration_mel: (M, F) or (B, M, F), speech as loud as any to come; a second is enough.
             Without speech at hand, `speech_like_mel`.
 
@@ -94,24 +85,23 @@ def int8_decoder(flow: Flow, calibration_mel: Tensor) -> Int8Decoder:
     """
     if importlib.util.find_spec("openvino") is None:
         raise ConfigError("int8 needs OpenVINO: pip install 'waveflow[int8]'")
-    networks = _networks(flow)
-    if not networks:
+    if any(parameter.device.type != "cpu" for parameter in flow.parameters()):
+        raise ConfigError("int8 runs on the CPU: move the model there first")
+    mel = calibration_mel if calibration_mel.dim() == 3 else calibration_mel[None]
+    kit = Int8Kit(_input_peaks(flow, mel))
+    conditioner = _InRows(cast(Conditioner, kit.convert(flow.conditioner)))
+    converted = cast(Flow, kit.replaced(flow, conditioner=conditioner))
+    if not kit.n_networks:
         raise ConfigError(
             "this model has no network that runs in int8: give float32, a WaveGlow, or a "
             "FrameGlow whose network is wavenet"
         )
-    if any(parameter.device.type != "cpu" for parameter in flow.parameters()):
-        raise ConfigError("int8 runs on the CPU: move the model there first")
-    mel = calibration_mel if calibration_mel.dim() == 3 else calibration_mel[None]
-    peaks = _input_peaks(flow, networks, mel)
-    # deepcopy takes what its memo holds for an object in the place of a copy.
-    memo: dict[int, Any] = {id(flow.conditioner): _InRows(copy.deepcopy(flow.conditioner))}
-    for network in networks:
-        if isinstance(network, WaveNet):
-            memo[id(network)] = _Int8WaveNet(network, peaks)
-        else:
-            memo[id(network)] = _int8_frame_network(network, peaks)
-    return Int8Decoder(copy.deepcopy(flow, memo))
+    if largest_weight() < WEIGHT_8_BITS:
+        logger.warning(
+            "this CPU has no instructions for products of 8-bit integers (VNNI): int8 is no "
+            "faster than float32 here"
+        )
+    return Int8Decoder(converted)
 
 
 def speech_like_mel(n_mels: int, n_frames: int = 64) -> Tensor:
@@ -128,35 +118,66 @@ def speech_like_mel(n_mels: int, n_frames: int = 64) -> Tensor:
     return (level + tilt + harmonics + noise).clamp(min=-11.5)
 
 
-def _networks(flow: Flow) -> list[WaveNet | FrameNetwork]:
-    """The coupling networks that have an int8 form."""
-    couplings = [step for step in flow.bijection.modules() if isinstance(step, Coupling)]
-    return [
-        coupling.network
-        for coupling in couplings
-        if isinstance(coupling.network, WaveNet)
-        or (
-            isinstance(coupling.network, FrameNetwork)
-            and isinstance(coupling.network.body, GatedStack)
-        )
-    ]
+class Int8Kit(DecodingKit):
+    """Makes the stand-ins of networks in integers (`waveflow.decoding.IntegerKit`).
+
+    Args:
+        peaks: of the layers' inputs, as `_input_peaks` finds them.
+
+    Attributes:
+        n_networks: networks that were converted to integers.
+    """
+
+    def __init__(self, peaks: dict[nn.Module, tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self._peaks = peaks
+        self.n_networks = 0
+
+    def graph(self, n_rows: int, context: Context, channel_axis: int) -> RowGraph:
+        if math.inf in context:
+            raise NotInIntegers
+
+        def peak(layer: nn.Module) -> Array:
+            if layer not in self._peaks:
+                raise NotInIntegers  # The calibration has not passed through it.
+            return self._peaks[layer][channel_axis - 1].numpy()
+
+        return RowGraph(n_rows, int(max(context)), largest_weight(), peak)
+
+    def _stand_in(self, module: nn.Module) -> nn.Module:
+        choose = declaration(module, "for_integers")
+        if choose is not None:
+            try:
+                stand_in = choose(self)
+                self.n_networks += 1
+                return stand_in
+            except NotInIntegers:
+                pass
+        return super()._stand_in(module)
 
 
 @torch.inference_mode()
-def _input_peaks(flow: Flow, networks: Sequence[nn.Module], mel: Tensor) -> dict[nn.Module, Array]:
-    """The largest absolute input (K,) of every layer in a synthesis of a mel (B, M, F)."""
-    peaks: dict[nn.Module, Array] = {}
+def _input_peaks(flow: Flow, mel: Tensor) -> dict[nn.Module, tuple[Tensor, ...]]:
+    """The largest absolute inputs of each layer of the networks in a synthesis of a mel (B, M, F).
 
-    def observe(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        axes = (0, 2) if isinstance(layer, nn.Conv1d) else (0, 1)
-        peaks[layer] = inputs[0].abs().amax(axes).numpy()
+    For each layer two vectors: one value for each index of the input's axis 1, and of its axis 2.
+    """
+    peaks: dict[nn.Module, tuple[Tensor, ...]] = {}
 
-    handles = [
-        layer.register_forward_pre_hook(observe)
-        for network in networks
-        for layer in network.modules()
-        if isinstance(layer, nn.Conv1d | nn.Linear)
-    ]
+    def observe(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].dim() != 3:
+            return
+        largest = inputs[0].abs().amax(0)
+        found = largest.amax(1), largest.amax(0)
+        # A layer that is used more than once sees as many channels each time.
+        peaks[layer] = tuple(
+            new.maximum(old) if new.shape == old.shape else new
+            for new, old in zip(found, peaks.get(layer, found), strict=True)
+        )
+
+    networks = [m for m in flow.modules() if declaration(m, "for_integers") is not None]
+    layers = {layer for network in networks for layer in network.modules()}
+    handles = [layer.register_forward_pre_hook(observe) for layer in layers]
     try:
         flow.decode(flow.noise(mel.shape[2], range(len(mel))), mel)
     finally:
@@ -171,112 +192,7 @@ class _InRows(Conditioner):
     def __init__(self, conditioner: Conditioner) -> None:
         super().__init__()
         self.conditioner = conditioner
-        self.context = conditioner.context
 
     def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
         features, mask = self.conditioner(mel, mask, state)
         return Condition(features.transpose(1, 2).contiguous().transpose(1, 2), mask)
-
-
-class _Int8WaveNet(nn.Module):
-    """A `WaveNet` as a graph, for one item without padding."""
-
-    def __init__(self, network: WaveNet, peaks: dict[nn.Module, Array]) -> None:
-        super().__init__()
-        width = network.hidden_channels
-        steer, end = _weight(network.cond_layer)[:, :, 0], _weight(network.end)[:, :, 0]
-        steer_scale = _scale(peaks[network.cond_layer], steer)
-        result_bias = _bias(network.end)
-        graph = RowGraph(_GROUP_ROWS, int(network.context.left))
-        passive, features = graph.input(network.start.in_channels), graph.input(steer.shape[1])
-        features = graph.history(graph.quantised(features, steer_scale), int(network.context.left))
-        start = graph.affine(passive, _weight(network.start)[:, :, 0], _bias(network.start))
-        h, result = graph.valid(start), None
-        layers: Iterable[tuple[Any, Any, Array, Array]] = zip(
-            network.in_layers,
-            network.res_skip_layers,
-            np.split(steer, len(network.in_layers)),
-            np.split(_bias(network.cond_layer), len(network.in_layers)),
-            strict=True,
-        )
-        for dilated, res_skip, steer_rows, steer_bias in layers:
-            taps = np.moveaxis(_weight(dilated), 2, 0)
-            scale = _scale(peaks[dilated], np.concatenate(taps))
-            inputs, h = graph.taps(h, scale, len(taps), dilated.dilation[0])
-            gated = graph.gate(
-                graph.join([*inputs, graph.now(features)]),
-                np.concatenate([*taps, steer_rows], 1),
-                np.concatenate([*[scale] * len(taps), steer_scale]),
-                _bias(dilated) + steer_bias,
-            )
-            out, out_bias = _weight(res_skip)[:, :, 0], _bias(res_skip)
-            scale = _scale(peaks[res_skip], out)
-            gated = graph.quantised(gated, scale)
-            share = graph.product(gated, end @ out[-width:], scale, end @ out_bias[-width:])
-            if result is not None:
-                share = graph.add(graph.delayed(result, dilated.padding[0]), share)
-            result = share
-            if len(out) > width:
-                residual = graph.product(gated, out[:width], scale, out_bias[:width])
-                h = graph.valid(graph.add(residual, h))
-        self._run = graph.compiled(graph.add(result, graph.constant(result_bias)))
-
-    def forward(self, x: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self._run(x[0].T, features[0].T).T[None]
-
-
-def _int8_frame_network(network: FrameNetwork, peaks: dict[nn.Module, Array]) -> FrameNetwork:
-    """A copy whose body is a graph of all layers, from `enter` to `leave`, for one item."""
-    body: Any = network.body
-    graph = RowGraph(_FRAME_ROWS, int(context_of(body).left))
-
-    def linear(x: Node, layer: nn.Linear) -> Node:
-        scale = _scale(peaks[layer], _weight(layer))
-        return graph.product(graph.quantised(x, scale), _weight(layer), scale, _bias(layer))
-
-    h = graph.valid(linear(graph.input(network.enter.in_features), network.enter))
-    for layer in body.layers:
-        weight, n_taps = _weight(layer.dilated), layer.kernel_size
-        tap_peaks = np.split(peaks[layer.dilated], n_taps)
-        scale = _scale(np.max(tap_peaks, 0), np.concatenate(np.split(weight, n_taps, 1)))
-        inputs, h = graph.taps(h, scale, n_taps, layer.dilation)
-        scales = np.concatenate([scale] * n_taps)
-        gated = graph.gate(graph.join(inputs), weight, scales, _bias(layer.dilated))
-        h = graph.valid(graph.add(linear(gated, layer.out), h))
-    run = graph.compiled(linear(graph.normalised(h, network.norm), network.leave))
-    memo: dict[int, Any] = {id(body): _Body(run)}
-    for layer in (network.enter, network.norm, network.leave):
-        memo[id(layer)] = nn.Identity()
-    return copy.deepcopy(network, memo)
-
-
-class _Body(nn.Module):
-    """A graph in the place of a stack of layers, for one item (1, L, C) without padding."""
-
-    def __init__(self, run: RowBlocks) -> None:
-        super().__init__()
-        self._run = run
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self._run(x[0])[None]
-
-
-def _weight(layer: Any) -> Array:
-    return layer.weight.detach().numpy()
-
-
-def _bias(layer: Any) -> Array:
-    return layer.bias.detach().numpy()
-
-
-def _scale(peaks: Array, weight: Array) -> Array:
-    """The steps (K,) of 8-bit inputs whose largest values are `peaks` (K,), for a weight (N, K).
-
-    A channel's range is shared between input and weight, by their square roots (SmoothQuant,
-    Xiao et al. 2023, equation 4 with alpha 1/2).
-    """
-    peaks = np.maximum(peaks, _SILENT * peaks.max())
-    columns = np.abs(weight).max(0)
-    columns = np.maximum(columns, _SILENT * columns.max())
-    balance = np.sqrt(np.divide(peaks, columns, where=columns > 0, out=np.ones_like(peaks)))
-    return balance * np.divide(peaks, balance, where=balance > 0, out=peaks).max() / LARGEST

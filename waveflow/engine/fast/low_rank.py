@@ -1,22 +1,21 @@
-"""What the mel says to WaveGlow, with as few rows and columns as the upsampler's rank needs."""
+"""WaveGlow's condition with as few rows and columns as the upsampler's rank needs."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from waveflow.engine.fast.product import Product
-from waveflow.models.waveglow import RepeatedMel, UpsampledMel
 
 # Between the rounding of float32 weights (1e-8 of the largest singular value) and what is heard.
 _NEGLIGIBLE = 1e-7
 
 
 class Steering:
-    """A conditioner's features in rows, and what a linear layer makes of them.
+    """The features of a linear conditioner in rows, and their products with a layer's weight.
 
-    The conditioner is linear. A window of mel frames gives P positions of N features; with the
+    A window of mel frames gives P positions of N features; with the
     upsampler in groups of n samples P = hop / n and N = M n. If its matrices at the P positions
-    are combinations of rho < P of them, a layer's product is worked out in rho rows for each
+    are combinations of rho < P of them, a layer's product is computed in rho rows for each
     frame and combined into P afterwards; if all features lie in a space of r < N dimensions,
     it takes r columns. A repeated mel has rho = 1.
 
@@ -25,12 +24,12 @@ class Steering:
         n_rows: rho, rows for each frame.
 
     Args:
-        conditioner: of the flow.
-        n_frames: of which `rows` will be asked in most calls.
+        maps, offset: the conditioner as an affine map (`UpsampledMel.affine_map`).
+        n_frames: frames in most calls of `rows`.
     """
 
-    def __init__(self, conditioner: UpsampledMel | RepeatedMel, n_frames: int) -> None:
-        maps, self._offset = _affine_map(conditioner)
+    def __init__(self, maps: Tensor, offset: Tensor, n_frames: int) -> None:
+        self._offset = offset
         self.n_positions, n_features, _ = maps.shape
         phases, rows = _factors(maps.flatten(1))
         # Combining costs another rho multiply-adds for each value of a layer's product.
@@ -73,21 +72,6 @@ class Steering:
             return rows
         frames = rows.unflatten(0, (-1, self.n_rows))
         return (self._phases.to(rows.dtype) @ frames).flatten(0, 1)
-
-
-def _affine_map(conditioner: UpsampledMel | RepeatedMel) -> tuple[Tensor, Tensor]:
-    """Maps (P, N, taps M) of a window of frames, newest first, and offset (N,), in float64."""
-    if isinstance(conditioner, RepeatedMel):
-        eye = torch.eye(conditioner.n_features, dtype=torch.float64)
-        return eye.expand(conditioner.times, -1, -1), eye.new_zeros(len(eye))
-    convolution, n = conditioner.upsample.convolution, conditioner.squeeze_factor
-    stride = conditioner.upsample.stride
-    weight = convolution.weight.double()
-    weight = F.pad(weight, (0, -weight.shape[2] % stride))
-    weight = weight.unflatten(2, (-1, stride // n, n))  # (M in, M out, taps, P, n)
-    assert convolution.bias is not None
-    offset = convolution.bias.double().repeat_interleave(n)
-    return weight.permute(3, 1, 4, 2, 0).flatten(3).flatten(1, 2), offset
 
 
 def _factors(matrix: Tensor) -> tuple[Tensor, Tensor]:

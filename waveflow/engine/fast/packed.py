@@ -1,13 +1,15 @@
-"""Linear layers whose weights no longer change, by the engine's product."""
+"""Stand-ins of a flow's modules for synthesis: packed products, plain weights."""
 
-import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from waveflow.bijections.base import full_precision
+from waveflow.decoding import declaration, is_exactly
 from waveflow.engine.fast.product import Product
 
 # What a product is packed for, four seconds of frames; any length works.
@@ -32,8 +34,15 @@ class PackedLinear(nn.Module):
             product = Product(self.weight, torch.float32, _USUAL_ROWS, self.bias)
             self._product = product if product.packed else None
 
+    @property
+    def is_faster(self) -> bool:
+        """Whether it differs from torch's own layer."""
+        return self._product is not None
+
     def forward(self, x: Tensor) -> Tensor:
         if self._product is None:
+            if not torch.is_autocast_enabled(x.device.type):
+                return F.linear(x, self.weight, self.bias)
             with full_precision(x):
                 return F.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling():
@@ -41,18 +50,70 @@ class PackedLinear(nn.Module):
         return self._product(x)
 
 
+class DecodingKit:
+    """Makes the stand-ins of modules (`waveflow.decoding.Kit`).
+
+    Args:
+        dtype: of the networks' matrix products.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        # By module, because one that is used in several places has one stand-in.
+        self._made: dict[int, tuple[nn.Module, nn.Module]] = {}
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """The stand-in of a module: its own choice, or a twin with converted children."""
+        if id(module) not in self._made:
+            # With the module itself, so that no other can get its id.
+            self._made[id(module)] = module, self._stand_in(module)
+        return self._made[id(module)][1]
+
+    def replaced(self, module: nn.Module, **children: nn.Module) -> nn.Module:
+        """A copy of a module with these children for its own; the others are converted."""
+        own = dict(module.named_children())
+        given = {id(own[name]): child for name, child in children.items()}
+        return twin_of(module, lambda child: given.get(id(child)) or self.convert(child))
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+        """x weight^T + bias of a fixed weight (N, K), never below float32."""
+        return PackedLinear(weight, bias)
+
+    def _stand_in(self, module: nn.Module) -> nn.Module:
+        choose = declaration(module, "for_decoding")
+        if choose is not None:
+            return choose(self)
+        # torch's own layer cannot say it itself.
+        if is_exactly(module, nn.Linear) and self.dtype == torch.float32:
+            packed = PackedLinear(module.weight, module.bias)  # type: ignore[arg-type]
+            if packed.is_faster:
+                return packed
+        return twin_of(module, self.convert)
+
+
 def with_packed_linears(module: nn.Module) -> nn.Module:
     """A twin of a module, sharing its weights, with every `nn.Linear` packed."""
-    if type(module) is nn.Linear:
-        return PackedLinear(module.weight, module.bias)
-    return twin_of(module, with_packed_linears)
+    return DecodingKit().convert(module)
 
 
+@torch.no_grad()
 def twin_of(module: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A shallow copy of a module whose children are converted."""
-    twin = copy.copy(module)
+    """A shallow copy of a module with converted children and without parametrizations.
+
+    A parametrized tensor, such as a weight with weight norm, is computed once. The class of a
+    parametrized module is one that torch has made for it; the twin has the original class.
+    """
+    kind: Any = type_before_parametrizations(module)
+    twin = kind.__new__(kind)
+    twin.__dict__.update(module.__dict__)
+    twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
+    children = dict(module._modules)
+    if is_parametrized(module):
+        for name in children.pop("parametrizations"):  # type: ignore[union-attr]
+            value = getattr(module, name).detach()
+            twin._parameters[name] = nn.Parameter(value, requires_grad=False)
     twin._modules = {
-        name: None if child is None else convert(child) for name, child in module._modules.items()
+        name: None if child is None else convert(child) for name, child in children.items()
     }
     return twin
 

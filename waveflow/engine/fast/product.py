@@ -1,30 +1,43 @@
-"""Product: rows times a fixed matrix, by the fastest routine that torch has for it."""
+"""Product: rows times a fixed matrix, by whichever of torch's routines is faster here."""
+
+import time
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# oneDNN's operators, which torch.compile emits. They are not documented: without them, torch's
+# own product is taken.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)
     for name in ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
 )
+# A product of ordinary size that the probe times: rows, and columns of input and result.
+_PROBE_SIZES = 128, 256, 256
+_PROBE_RUNS = 10
+# oneDNN's time must be less than this share of torch's own, or noise would choose.
+_WORTHWHILE = 0.9
 
 
 class Product:
     """rows (L, K) -> rows weight^T + bias, (L, N), of a weight that no longer changes.
 
-    oneDNN's product, which torch.compile calls, takes weights packed beforehand and adds in the
-    same pass. On AMD CPUs it does twice as many float32 multiply-adds a second as MKL's, which
-    torch.mm calls. Where torch has no oneDNN, or oneDNN no bfloat16, torch's own is taken.
+    Two routines can compute it: torch's own, which calls MKL on x86, and oneDNN's, which takes
+    weights packed beforehand. On an AMD Zen 5 oneDNN makes twice as many float32 multiply-adds a
+    second; on a Zen 3 it makes a tenth fewer. A probe of some milliseconds chooses, once in a
+    process for all shapes: a choice for each shape would differ from process to process where the
+    two are equal, and with it the last bits of the audio.
 
     Args:
         weight: (N, K), of any precision.
         dtype: of rows and result: float32 or bfloat16.
-        n_rows: L as it will be in most calls, for the packing; any L works.
+        n_rows: L as it will be in most calls; any L works.
         bias: (N,), or None.
 
     Attributes:
-        packed: whether it is oneDNN's.
+        packed: whether oneDNN computes it.
     """
 
     def __init__(
@@ -32,26 +45,53 @@ class Product:
     ) -> None:
         self._weight = weight.to(dtype).contiguous()
         self._bias = None if bias is None else bias.to(dtype)
-        self.packed = (
-            _HAS_ONEDNN
-            and weight.device.type == "cpu"
-            and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
+        self.packed = weight.device.type == "cpu" and onednn_pays(dtype, torch.get_num_threads())
         if self.packed:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, n_rows)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The product of rows (L, K)."""
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(
-                rows, self._weight, self._bias, "none", [], ""
-            )
+            return _onednn(rows, self._weight, self._bias)
         return F.linear(rows, self._weight, self._bias)
 
     def plus(self, rows: Tensor, other: Tensor) -> Tensor:
-        """The product of rows (L, K), and `other` (L, N) added to it."""
+        """The product of rows (L, K), and `other` (L, N), which is overwritten, added to it."""
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise.binary(
                 rows, other, self._weight, self._bias, "add"
             )
+        if self._bias is None:
+            return other.addmm_(rows, self._weight.T)
         return F.linear(rows, self._weight, self._bias).add_(other)
+
+
+def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+@cache
+def onednn_pays(dtype: torch.dtype, n_threads: int) -> bool:
+    """Whether oneDNN computes products faster than torch's own routine on so many threads."""
+    if not _HAS_ONEDNN:
+        return False
+    if dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    n_rows, k, n = _PROBE_SIZES
+    rows, weight = torch.ones(n_rows, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
+    onednn, own = _shortest(lambda: _onednn(rows, packed, None), lambda: F.linear(rows, weight))
+    return onednn < _WORTHWHILE * own
+
+
+@torch.inference_mode()
+@torch.autocast("cpu", enabled=False)
+def _shortest(*works: Callable[[], object]) -> list[float]:
+    """The shortest time of each, run in turns: what disturbs only adds."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(1 + _PROBE_RUNS):
+        for work, its_times in zip(works, times, strict=True):
+            begin = time.perf_counter()
+            work()
+            its_times.append(time.perf_counter() - begin)
+    return [min(its_times) for its_times in times]
