@@ -1,6 +1,6 @@
 """Processes that share this one's imports, so that each starts at once.
 
-They cannot train: autograd refuses to work in a forked process.
+They cannot train if this one has: autograd refuses to work in a forked process.
 """
 
 import os
@@ -8,6 +8,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -75,32 +76,23 @@ def _run(action: Callable[[], int], descriptors: tuple[int | None, int, int]) ->
         os._exit(status)
 
 
-def command(args: Sequence[str | Path]) -> Callable[[], int]:
+def command(args: Sequence[str | Path]) -> int:
     """`waveflow ARGS`."""
-    return lambda: main([str(arg) for arg in args])
+    return main([str(arg) for arg in args])
 
 
-def fork_group(
-    n: int,
-    args: Sequence[str | Path],
-    folder: Path,
-    first: Callable[[int], object] = lambda rank: None,
-) -> list[Forked]:
-    """`waveflow ARGS` in n processes that form a group; each calls `first` with its rank before."""
+def fork_group(n: int, action: Callable[[int], int], folder: Path) -> list[Forked]:
+    """A group of n processes, as torchrun describes it to them; `action` gets the rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
 
-    def member(rank: int) -> Callable[[], int]:
-        def action() -> int:
-            os.environ |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            first(rank)
-            return command(args)()
-
-        return action
+    def member(rank: int) -> int:
+        os.environ |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return action(rank)
 
     folders = [folder / f"rank{rank}" for rank in range(n)]
     for own in folders:
         own.mkdir()
-    return [Forked(member(rank), own) for rank, own in enumerate(folders)]
+    return [Forked(partial(member, rank), own) for rank, own in enumerate(folders)]

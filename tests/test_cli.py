@@ -1054,9 +1054,8 @@ def test_a_live_pipe_speaks_before_its_end_and_may_be_closed(tmp_path: Path, tin
     args = ["vocode", "-", "-o", "-", "--model", tiny_model, "--threads", "1"]
     mels_out, mels_in = os.pipe()
     audio_out, audio_in = os.pipe()
-    running = Forked(
-        command(args), tmp_path, stdin=mels_out, stdout=audio_in, close=(mels_in, audio_out)
-    )
+    pipes = {"stdin": mels_out, "stdout": audio_in, "close": (mels_in, audio_out)}
+    running = Forked(lambda: command(args), tmp_path, **pipes)
     os.close(mels_out)
     os.close(audio_in)
     with os.fdopen(mels_in, "wb", buffering=0) as mels, os.fdopen(audio_out, "rb") as audio:

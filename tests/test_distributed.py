@@ -1,9 +1,9 @@
-"""Two gloo processes on a CPU against one; run as a script, this file is one of the two."""
+"""Two gloo processes on a CPU against one; run as a script, this file starts the two."""
 
 import csv
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forking import command, fork_group
 from tiny_training import MEL, recipe, tensors_of, write_cache
 from torch import Tensor
 
@@ -26,6 +27,8 @@ from waveflow.objective import Batch, Loss, Share
 from waveflow.training import distributed, run_folder
 from waveflow.training.distributed import on_main, own_share, process_group, rank
 from waveflow.training.loop import Trainer
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,7 +60,7 @@ def started_norm(share: Share) -> list[list[float]]:
     return [norm.shift.tolist(), norm.log_scale.tolist()]
 
 
-# --- one of two processes ---
+# --- in two processes ---
 
 
 def work(out: Path, many: Path, few: Path) -> dict[str, Any]:
@@ -150,18 +153,28 @@ def write_events(folder: str) -> list[str]:
     return events
 
 
-def main() -> None:
-    from waveflow.cli.main import main as waveflow
-
-    out, many, few = map(Path, sys.argv[1:])
+def member(rank: int, out: Path, many: Path, few: Path) -> int:
     events = write_events(str(out))
     found = work(out, many, few)
     # The command, which joins the processes by itself.
-    arguments = ["train", out / "recipe.json", "--data", few, "--out", out / "command"]
-    found["status"] = waveflow([*map(str, arguments)])
+    found["status"] = command(
+        ["train", out / "recipe.json", "--data", few, "--out", out / "command"]
+    )
     found["writes"] = events
-    name = f"rank{os.environ['RANK']}.json"
-    Path(out, name).write_text(json.dumps(found))
+    Path(out, f"rank{rank}.json").write_text(json.dumps(found))
+    return 0
+
+
+def main() -> None:
+    """Two processes that share the imports of this one, which has never trained."""
+    import torch._dynamo  # noqa: F401 - the optimizers import it
+
+    out, many, few = map(Path, sys.argv[1:])
+    job = fork_group(2, lambda rank: member(rank, out, many, few), out)
+    _, status = os.wait()
+    for process in job if status else ():
+        process.kill(signal.SIGKILL)  # it would wait for the one that has failed
+    sys.exit(bool(status or os.wait()[1]))
 
 
 # --- what came of it ---
@@ -186,40 +199,16 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def both(out: Path, caches: list[Path]) -> list[dict[str, Any]]:
     """What the two processes found, and beside it what they printed."""
     (out / "recipe.json").write_text(recipe(steps=2).model_dump_json())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = []
-    for number in range(2):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "RANK": str(number),
-            "LOCAL_RANK": str(number),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        workers.append(
-            subprocess.Popen(
-                [sys.executable, __file__, out, *caches],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+    subprocess.run(
+        [sys.executable, __file__, out, *caches],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     found = []
-    try:
-        for number, worker in enumerate(workers):
-            printed, errors = worker.communicate(timeout=100)
-            assert worker.returncode == 0, errors
-            found.append(json.loads((out / f"rank{number}.json").read_text()))
-            found[-1]["printed"], found[-1]["errors"] = printed, errors
-    finally:
-        for worker in workers:
-            worker.kill()
+    for number in range(2):
+        printed, errors = (Path(out, f"rank{number}", n).read_text() for n in ("stdout", "stderr"))
+        assert (out / f"rank{number}.json").is_file(), errors
+        found.append(json.loads((out / f"rank{number}.json").read_text()))
+        found[-1] |= {"printed": printed, "errors": errors}
     return found
 
 

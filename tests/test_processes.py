@@ -16,7 +16,7 @@ import pytest
 import soundfile
 import torch.distributed
 from conftest import N_MELS, SAMPLE_RATE, make_voice
-from forking import Outcome, fork_group
+from forking import Outcome, command, fork_group
 
 from waveflow import processes
 from waveflow.cli.main import main
@@ -320,7 +320,8 @@ def test_two_processes_try_all_files_before_they_fail(mels, tmp_path, tiny_model
     (mels / "clip1.npy").write_text("no array")
     out = tmp_path / "wavs"
     args = ("vocode", mels, "-o", out, "--model", tiny_model, "--threads", "1")
-    rank_0, other = [process.wait() for process in fork_group(2, args, tmp_path)]
+    job = fork_group(2, lambda rank: command(args), tmp_path)
+    rank_0, other = [process.wait() for process in job]
     assert other == SILENT and rank_0.status == 2
     summary, bad = ours(rank_0.err)
     assert f"4 written to {out} by 2 processes, 1 failed" in summary
@@ -348,11 +349,12 @@ def test_ctrl_c_ends_the_wait_for_a_dead_process_and_a_rerun_continues(
     out = tmp_path / "wavs"
     args = ("vocode", mels, "-o", out, "--model", tiny_model, "--threads", "1")
 
-    def first(rank: int) -> None:
+    def action(rank: int) -> int:
         if rank == 1:
             kill_at_clip_3()
+        return command(args)
 
-    rank_0, other = fork_group(2, args, tmp_path, first)
+    rank_0, other = fork_group(2, action, tmp_path)
     assert other.wait().status == -signal.SIGKILL
     while not all((out / f"clip{i}.wav").exists() for i in (0, 2, 4)):
         time.sleep(0.05)
@@ -376,7 +378,7 @@ def test_two_processes_prepare_a_cache(recordings, tmp_path):
     pytest.importorskip("pyworld")
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert main(["prepare", str(recordings), "-o", str(alone), "--workers", "1"]) == 0
-    job = fork_group(2, ["prepare", recordings, "-o", shared], tmp_path)
+    job = fork_group(2, lambda rank: command(["prepare", recordings, "-o", shared]), tmp_path)
     rank_0, other = [process.wait() for process in job]
     assert other == SILENT
     assert rank_0.status == 0 and rank_0.err == ""
