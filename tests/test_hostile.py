@@ -311,17 +311,6 @@ INERT: dict[str, bytes] = {
     "id_of_a_text_class": two(tuple_of(text("storage"), text("FloatStorage")) + b"Q"),
     "id_of_a_module_class": two(storage(number(1), name("glow", "WN"))),
     "id_too_short": two(tuple_of(text("storage"), name("torch", "FloatStorage")) + b"Q"),
-    "id_with_a_view": two(
-        tuple_of(
-            text("storage"),
-            name("torch", "FloatStorage"),
-            text("0"),
-            text("cpu"),
-            number(1),
-            tuple_of(text("1"), number(0), number(1)),
-        )
-        + b"Q"
-    ),
     # Bombs.
     "lists_that_double": model_of(laughing("list")),
     "tuples_that_double": model_of(laughing("tuple")),
@@ -329,6 +318,16 @@ INERT: dict[str, bytes] = {
     "doubled_in_a_set": four(b"\x8f(" + laughing("tuple") + b"\x90"),
     "doubled_in_a_frozenset": four(b"(" + laughing("tuple") + b"\x91"),
     "doubled_id": two(laughing("tuple") + b"Q"),
+    "doubled_key_of_a_storage": two(
+        tuple_of(
+            text("storage"),
+            name("torch", "FloatStorage"),
+            laughing("tuple"),
+            text("cpu"),
+            number(1),
+        )
+        + b"Q"
+    ),
     "doubled_function": two(laughing("tuple") + b")R"),
     "modules_that_double": nested_modules(60, twice=True),
     "module_in_itself": two(MODULE + b"q\x00" + dict_of(_modules=dict_of(a=b"h\x00")) + b"b"),
@@ -384,6 +383,20 @@ TENSORS: dict[str, tuple[bytes, str]] = {
         "odd sizes",
     ),
     "doubled_shape": (tensor(4, number(0), [laughing("tuple")], [number(1)]), "odd sizes"),
+    "storage_that_is_a_view": (
+        two(
+            tuple_of(
+                text("storage"),
+                name("torch", "FloatStorage"),
+                text("0"),
+                text("cpu"),
+                number(4),
+                tuple_of(text("1"), number(0), number(1)),
+            )
+            + b"Q"
+        ),
+        "views of others",
+    ),
     "storage_of_two_sizes": (stored_twice(number(1), number(2)), "two types or sizes"),
     "storage_of_negative_size": (two(storage(number(-1))), "without a type, a name or a size"),
     "storage_of_text_size": (two(storage(text("1"))), "without a type, a name or a size"),

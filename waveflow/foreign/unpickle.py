@@ -56,8 +56,6 @@ class Record:
     def append(self, item: object) -> None:
         """Drops what a subclass of list holds."""
 
-    extend = append
-
 
 class Storage(NamedTuple):
     """The numbers of one or more tensors: their type, name in the file, and count."""
@@ -90,13 +88,13 @@ def read_pickle(file: io.BytesIO, storages: dict[str, Storage] | None = None) ->
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorRef:
-    if type(storage) is not Storage or len(shape) > 8 or not _are_counts(offset, *shape, *strides):
-        raise CheckpointError("its pickle has a tensor without a storage or with odd sizes")
+    if len(shape) > 8 or not _are_counts(offset, *shape, *strides):
+        raise CheckpointError("its pickle has a tensor of odd sizes")
     return TensorRef(storage, offset, tuple(shape), tuple(strides))
 
 
 def _are_counts(*values: object) -> bool:
-    return all(type(value) is int and 0 <= value < 2**48 for value in values)
+    return all(type(value) is int and value >= 0 for value in values)
 
 
 def _ordered_dict(pairs: Iterable[Any] = ()) -> Record:
@@ -120,8 +118,6 @@ _REBUILD: dict[str, Callable[..., object]] = {
 def _set_state(machine: Any) -> None:
     """Keeps the attributes of a record; sets no attribute of anything."""
     state = machine.stack.pop()
-    if type(state) is tuple and len(state) == 2:
-        state = state[0]  # the second are those in __slots__
     if type(machine.stack[-1]) is Record and type(state) is Record:
         machine.stack[-1].state = state.items
 
@@ -181,7 +177,7 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> object:
         """Gives a storage, or (legacy container) a class that comes with its source code."""
         what, name, *rest = pid
-        if what == "module" and type(name) is Name:
+        if what == "module":
             return name
         key, _device, n_items, *views = rest
         if type(name) is not Name or type(key) is not str or not _are_counts(n_items):
