@@ -38,7 +38,7 @@ from waveflow.checkpoint import (
 from waveflow.data.cache import TrainingCache
 from waveflow.data.segments import Prefetch
 from waveflow.errors import CheckpointError, ConfigError, DataError
-from waveflow.objective import Batch, Loss
+from waveflow.objective import Batch, Loss, Share
 from waveflow.training import loop
 from waveflow.training.config import Recipe, read_recipe
 from waveflow.training.loop import Progress, Trainer
@@ -83,6 +83,7 @@ def test_stopping_and_resuming_changes_nothing(
     resumed = Trainer(recipe(), cache, tmp_path / "run", resume=True)
     assert resumed.step == stop
     assert_same(tensors_of(resumed), tensors_of(trainer))
+    assert resumed.provenance == trainer.provenance
     resumed.run()
     assert_same(tensors_of(resumed), tensors_of(finished))
     assert resumed.best == finished.best
@@ -226,6 +227,45 @@ def test_each_step_starts_from_no_gradient(cache: TrainingCache, tmp_path: Path)
     gradient = trainer.flow.bijection.steps[1].network.level_bias.grad.clone()
     assert trainer._gradients(trainer.phases[-1]) == first
     assert torch.equal(trainer.flow.bijection.steps[1].network.level_bias.grad, gradient)
+
+
+@pytest.mark.parametrize(("steps", "is_validated"), [(2, False), (3, True)])
+def test_a_run_may_end_with_its_first_phase(
+    cache: TrainingCache, tmp_path: Path, steps: int, is_validated: bool
+) -> None:
+    """It is saved, and validated from the first phase's end on."""
+    settings = recipe(steps=steps, pitch_steps=3, validate_every=1, checkpoint_every=100)
+    trainer = Trainer(settings, cache, tmp_path / "run")
+    trainer.run()
+    assert resolve_run(tmp_path / "run", "last").name == f"step-{steps:08d}"
+    assert (trainer.best is not None) == is_validated
+
+
+def test_the_report_of_a_step(
+    cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock on which every step takes two minutes."""
+    trainer = Trainer(recipe(steps=5, **PLAIN), cache, tmp_path / "run")
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 100.0 + 120.0 * trainer.step)
+    seen: list[Progress] = []
+    trainer.run(max_minutes=7, report=seen.append)
+    assert [progress.step for progress in seen] == [1, 2, 3, 4]
+    assert [progress.minutes_left for progress in seen] == pytest.approx([5, 3, 1, -1])
+    seconds = 2 * 32 * HOP / MEL.sample_rate
+    for progress in seen:
+        assert progress.audio_seconds_per_second == pytest.approx(seconds / 120)
+
+
+def test_the_recipe_reaches_the_batch(cache: TrainingCache, tmp_path: Path) -> None:
+    loud, quiet = (
+        Trainer(recipe(gain_range=(gain, gain)), cache, tmp_path / f"{gain}")
+        for gain in (0.5, 0.25)
+    )
+    loud.step = quiet.step = 3
+    batch = loud._batch()
+    torch.testing.assert_close(quiet._batch().audio, 0.5 * batch.audio)
+    assert (batch.step, batch.share) == (3, Share(0, 2, 2))
+    assert batch.audio.shape == (2, 32 * HOP)
 
 
 def test_random_numbers_differ_by_seed_and_step(cache: TrainingCache, tmp_path: Path) -> None:
