@@ -27,7 +27,7 @@ from tiny_training import (
 from torch import Tensor
 
 from waveflow.audio.mel import MelSpectrogram
-from waveflow.bijections import ActNorm
+from waveflow.bijections import ActNorm, Chain, Squeeze
 from waveflow.checkpoint import (
     CONFIG,
     RUN_POINTER,
@@ -38,11 +38,18 @@ from waveflow.checkpoint import (
 from waveflow.data.cache import TrainingCache
 from waveflow.data.segments import Prefetch
 from waveflow.errors import CheckpointError, ConfigError, DataError
+from waveflow.flow import Flow
 from waveflow.objective import Batch, Loss, Share
 from waveflow.training import loop
 from waveflow.training.config import Recipe, read_recipe
 from waveflow.training.loop import Progress, Trainer
-from waveflow.training.run_folder import RUN_RECORD, STATE, TRAINING
+from waveflow.training.run_folder import (
+    RUN_RECORD,
+    STATE,
+    TRAINING,
+    load_training_tensors,
+    training_tensors,
+)
 from waveflow.training.validation import validate
 
 ROOT = Path(__file__).parent.parent
@@ -468,6 +475,27 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(
 def test_only_the_runs_own_recipe_resumes_it(cache: TrainingCache, finished: Trainer) -> None:
     with pytest.raises(ConfigError, match="is not this recipe"):
         Trainer(recipe(learning_rate=0.5), cache, finished.folder.path, resume=True)
+
+
+def test_only_the_runs_own_data_resume_it(finished: Trainer, tmp_path: Path) -> None:
+    other = write_cache(tmp_path / "other", ["train", "val"])
+    with pytest.raises(ConfigError, match="other is not the data of the run in"):
+        Trainer(recipe(), other, finished.folder.path, resume=True)
+
+
+def test_buffers_are_saved_and_loaded_with_the_weights() -> None:
+    """ActNorm would start from data once more."""
+    flow = Flow(Chain(Squeeze(4), ActNorm(4)), None, 4)
+    optimizer = torch.optim.AdamW(flow.parameters())
+    flow(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
+    tensors = copied(training_tensors(flow, optimizer))
+    other = Flow(Chain(Squeeze(4), ActNorm(4)), None, 4)
+    assert not other.bijection[1].initialized
+    others = torch.optim.AdamW(other.parameters())
+    load_training_tensors(other, others, tensors, Path("there"))
+    assert other.bijection[1].initialized
+    assert_same(training_tensors(other, others), tensors)
 
 
 DAMAGE = {
