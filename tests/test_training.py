@@ -27,7 +27,7 @@ from tiny_training import (
 from torch import Tensor
 
 from waveflow.audio.mel import MelSpectrogram
-from waveflow.bijections import ActNorm
+from waveflow.bijections import ActNorm, Chain, Squeeze
 from waveflow.checkpoint import (
     CONFIG,
     RUN_POINTER,
@@ -38,11 +38,18 @@ from waveflow.checkpoint import (
 from waveflow.data.cache import TrainingCache
 from waveflow.data.segments import Prefetch
 from waveflow.errors import CheckpointError, ConfigError, DataError
-from waveflow.objective import Batch, Loss
+from waveflow.flow import Flow
+from waveflow.objective import Batch, Loss, Share
 from waveflow.training import loop
 from waveflow.training.config import Recipe, read_recipe
 from waveflow.training.loop import Progress, Trainer
-from waveflow.training.run_folder import RUN_RECORD, STATE, TRAINING
+from waveflow.training.run_folder import (
+    RUN_RECORD,
+    STATE,
+    TRAINING,
+    load_training_tensors,
+    training_tensors,
+)
 from waveflow.training.validation import validate
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +90,7 @@ def test_stopping_and_resuming_changes_nothing(
     resumed = Trainer(recipe(), cache, tmp_path / "run", resume=True)
     assert resumed.step == stop
     assert_same(tensors_of(resumed), tensors_of(trainer))
+    assert resumed.provenance == trainer.provenance
     resumed.run()
     assert_same(tensors_of(resumed), tensors_of(finished))
     assert resumed.best == finished.best
@@ -226,6 +234,45 @@ def test_each_step_starts_from_no_gradient(cache: TrainingCache, tmp_path: Path)
     gradient = trainer.flow.bijection.steps[1].network.level_bias.grad.clone()
     assert trainer._gradients(trainer.phases[-1]) == first
     assert torch.equal(trainer.flow.bijection.steps[1].network.level_bias.grad, gradient)
+
+
+@pytest.mark.parametrize(("steps", "is_validated"), [(2, False), (3, True)])
+def test_a_run_may_end_with_its_first_phase(
+    cache: TrainingCache, tmp_path: Path, steps: int, is_validated: bool
+) -> None:
+    """It is saved, and validated from the first phase's end on."""
+    settings = recipe(steps=steps, pitch_steps=3, validate_every=1, checkpoint_every=100)
+    trainer = Trainer(settings, cache, tmp_path / "run")
+    trainer.run()
+    assert resolve_run(tmp_path / "run", "last").name == f"step-{steps:08d}"
+    assert (trainer.best is not None) == is_validated
+
+
+def test_the_report_of_a_step(
+    cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock on which every step takes two minutes."""
+    trainer = Trainer(recipe(steps=5, **PLAIN), cache, tmp_path / "run")
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 100.0 + 120.0 * trainer.step)
+    seen: list[Progress] = []
+    trainer.run(max_minutes=7, report=seen.append)
+    assert [progress.step for progress in seen] == [1, 2, 3, 4]
+    assert [progress.minutes_left for progress in seen] == pytest.approx([5, 3, 1, -1])
+    seconds = 2 * 32 * HOP / MEL.sample_rate
+    for progress in seen:
+        assert progress.audio_seconds_per_second == pytest.approx(seconds / 120)
+
+
+def test_the_recipe_reaches_the_batch(cache: TrainingCache, tmp_path: Path) -> None:
+    loud, quiet = (
+        Trainer(recipe(gain_range=(gain, gain)), cache, tmp_path / f"{gain}")
+        for gain in (0.5, 0.25)
+    )
+    loud.step = quiet.step = 3
+    batch = loud._batch()
+    torch.testing.assert_close(quiet._batch().audio, 0.5 * batch.audio)
+    assert (batch.step, batch.share) == (3, Share(0, 2, 2))
+    assert batch.audio.shape == (2, 32 * HOP)
 
 
 def test_random_numbers_differ_by_seed_and_step(cache: TrainingCache, tmp_path: Path) -> None:
@@ -428,6 +475,27 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(
 def test_only_the_runs_own_recipe_resumes_it(cache: TrainingCache, finished: Trainer) -> None:
     with pytest.raises(ConfigError, match="is not this recipe"):
         Trainer(recipe(learning_rate=0.5), cache, finished.folder.path, resume=True)
+
+
+def test_only_the_runs_own_data_resume_it(finished: Trainer, tmp_path: Path) -> None:
+    other = write_cache(tmp_path / "other", ["train", "val"])
+    with pytest.raises(ConfigError, match="other is not the data of the run in"):
+        Trainer(recipe(), other, finished.folder.path, resume=True)
+
+
+def test_buffers_are_saved_and_loaded_with_the_weights() -> None:
+    """ActNorm would start from data once more."""
+    flow = Flow(Chain(Squeeze(4), ActNorm(4)), None, 4)
+    optimizer = torch.optim.AdamW(flow.parameters())
+    flow(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
+    tensors = copied(training_tensors(flow, optimizer))
+    other = Flow(Chain(Squeeze(4), ActNorm(4)), None, 4)
+    assert not other.bijection[1].initialized
+    others = torch.optim.AdamW(other.parameters())
+    load_training_tensors(other, others, tensors, Path("there"))
+    assert other.bijection[1].initialized
+    assert_same(training_tensors(other, others), tensors)
 
 
 DAMAGE = {
