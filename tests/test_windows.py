@@ -9,7 +9,6 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
-from waveflow.engine.windows import window_context
 
 from waveflow.audio.mel import MelConfig
 from waveflow.checkpoint import ModelConfig, SynthesisConfig
