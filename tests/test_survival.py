@@ -434,7 +434,7 @@ def test_a_killed_run_is_whole_and_goes_on(cache: TrainingCache, tmp_path: Path)
     load_checkpoint(resolve_run(run, "last"))
     # What a kill in the middle of a save leaves behind goes away with the next save.
     (run / ".step-00000003.1234.tmp").mkdir()
-    (run / ".step-00000003.old").mkdir()
+    (run / ".step-00000003.old").mkdir(exist_ok=True)  # the kill may have left one itself
     (run / ".abc.tmp.json").touch()
     trainer = Trainer(recipe(**settings), cache, run, resume=True)
     assert trainer.step >= 4
