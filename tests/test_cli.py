@@ -27,7 +27,7 @@ from waveflow.cli.main import app, main
 from waveflow.cli.options import MelPreset
 from waveflow.engine.cost import count_parameters, macs_per_second, measure_speed
 from waveflow.engine.options import SynthesisOptions
-from waveflow.engine.vocoder import load
+from waveflow.engine.vocoder import Vocoder, load
 from waveflow.metrics.copies import evaluate as measure_copies
 
 VERBS = (
@@ -256,19 +256,22 @@ def test_seed_sigma_and_refine_do_what_they_say(
     assert audio("--sigma", "0", "--seed", "0") == audio("--sigma", "0", "--seed", "1")
 
 
-def test_denoise_subtracts_the_models_hum(
-    run: Run, mel_file: Path, wav: Path, tmp_path: Path, tiny_model: Path
+def test_denoise_is_applied_to_what_was_made(
+    run: Run,
+    mel_file: Path,
+    wav: Path,
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     vocoder, out = load(tiny_model), tmp_path / "out.wav"
-    for verb, source, plain in (
-        ("vocode", mel_file, vocoder(np.load(mel_file))),
-        ("resynth", wav, vocoder.resynth(samples(wav))),
-    ):
+    made = {"vocode": vocoder(np.load(mel_file)), "resynth": vocoder.resynth(samples(wav))}
+    # The model has no hum to speak of.
+    monkeypatch.setattr(Vocoder, "denoise", lambda self, audio, strength: audio * strength)
+    for verb, source in (("vocode", mel_file), ("resynth", wav)):
         options = ("--model", tiny_model, "--denoise", "0.5", "--float")
         assert run(verb, source, "-o", out, *options).status == 0
-        expected = vocoder.denoise(plain, 0.5)
-        assert (expected - plain).abs().max() > 1e-4
-        np.testing.assert_allclose(samples(out), expected.numpy(), rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(samples(out), 0.5 * made[verb].numpy())
 
 
 def test_threads(run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path):
