@@ -26,7 +26,9 @@ from waveflow.audio.mel import MEL_PRESETS, MelSpectrogram
 from waveflow.cli.main import app, main
 from waveflow.cli.options import MelPreset
 from waveflow.engine.cost import count_parameters, macs_per_second, measure_speed
-from waveflow.engine.vocoder import load
+from waveflow.engine.options import SynthesisOptions
+from waveflow.engine.vocoder import Vocoder, load
+from waveflow.metrics.copies import evaluate as measure_copies
 
 VERBS = (
     "vocode",
@@ -252,6 +254,24 @@ def test_seed_sigma_and_refine_do_what_they_say(
     assert audio("--sigma", "0.5") != plain
     # Without noise there is nothing left for the seed to decide.
     assert audio("--sigma", "0", "--seed", "0") == audio("--sigma", "0", "--seed", "1")
+
+
+def test_denoise_is_applied_to_what_was_made(
+    run: Run,
+    mel_file: Path,
+    wav: Path,
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    vocoder, out = load(tiny_model), tmp_path / "out.wav"
+    made = {"vocode": vocoder(np.load(mel_file)), "resynth": vocoder.resynth(samples(wav))}
+    # The model has no hum to speak of.
+    monkeypatch.setattr(Vocoder, "denoise", lambda self, audio, strength: audio * strength)
+    for verb, source in (("vocode", mel_file), ("resynth", wav)):
+        options = ("--model", tiny_model, "--denoise", "0.5", "--float")
+        assert run(verb, source, "-o", out, *options).status == 0
+        np.testing.assert_array_equal(samples(out), 0.5 * made[verb].numpy())
 
 
 def test_threads(run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path):
@@ -932,12 +952,17 @@ def test_evaluate_prints_a_table_and_writes_json(
     ids = tmp_path / "ids.txt"
     ids.write_text("clip1\n")
     options = ("--model", tiny_model, "--json", figures, "--threads", "1")
-    result = run("evaluate", recordings, *options, "--seed", "2", "--sigma", "0.9")
+    sampling = ("--seed", "2", "--sigma", "0.9", "--refine", "1")
+    result = run("evaluate", recordings, *options, *sampling)
     assert result.status == 0
     assert "2 clips" in result.out and "Griffin-Lim" in result.out and "speech" in result.out
     assert "PESQ" in result.err  # left out, and said so
     whole = json.loads(figures.read_text())
     assert (whole["n_clips"], whole["seed"], whole["sigma"]) == (2, 2, 0.9)
+    assert [row["name"] for row in whole["rows"]][1:3] == ["model + 0 steps", "model + 1 steps"]
+    clips = [recordings / f"clip{i}.wav" for i in range(2)]
+    expected = measure_copies(load(tiny_model), clips, SynthesisOptions(sigma=0.9, seed=2))
+    assert whole["log_prob_draw"] == pytest.approx(expected.log_prob_draw, rel=1e-9)
     assert run("evaluate", recordings, *options, "--ids", ids).status == 0
     assert json.loads(figures.read_text())["n_clips"] == 1
 

@@ -484,6 +484,27 @@ def test_damaged_archives_are_named(corpus, tmp_path, suffix):
     assert names_in(tmp_path) == ["voice", archive.name]
 
 
+def test_the_checksum_behind_a_tar_is_read(tmp_path):
+    """A changed sample of a recording breaks neither the tar nor the compression."""
+    write(tmp_path / "voice" / "a.wav", noise(40, seed=0))
+    archive = tmp_path / "voice.tar.gz"
+    with tarfile.open(archive, "w:gz", compresslevel=0) as file:
+        file.add(tmp_path / "voice", "voice")
+    data = bytearray(archive.read_bytes())
+    data[len(data) // 2] ^= 1
+    archive.write_bytes(data)
+    with pytest.raises(DataError, match=r"voice\.tar\.gz is damaged: CRC check failed"):
+        unpack(archive, tmp_path / "out")
+
+
+def test_what_macos_adds_to_an_archive_is_no_folder_of_the_corpus(corpus, tmp_path):
+    archive = pack(corpus, tmp_path / "voice-1.0.zip", "voice")
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr("__MACOSX/voice/._clip0.wav", b"no audio")
+    folder = unpack(archive, tmp_path)
+    assert {"clip0.wav", "clip1.wav"} <= set(names_in(folder))
+
+
 def test_files_that_are_no_archives_are_refused(corpus, tmp_path):
     with pytest.raises(DataError, match=r"clip0\.wav is neither a folder nor one of"):
         prepare([corpus / "clip0.wav"], tmp_path / "cache", MEL, workers=1)

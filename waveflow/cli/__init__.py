@@ -1,1 +1,5 @@
-"""The command line: parses, calls the library, reports. Nothing heavy is imported for --help."""
+"""The command line: parses arguments, calls the library, prints results.
+
+The file of a verb has the verb's name; `synthesis` holds vocode, resynth and mel. Verbs import
+torch when the work begins, so that help and errors come at once.
+"""

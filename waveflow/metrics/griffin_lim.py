@@ -1,8 +1,9 @@
 """Griffin-Lim: speech from a mel without a network, the baseline that a vocoder has to beat.
 
-Two inversions of the filterbank. `least_squares_magnitude` is the usual one (librosa's NNLS gives
-the same figures); its zeros and ripples between bands cost half a point of PESQ, which
-`smooth_magnitude` does not lose. `evaluate` prints both. As in the vocoder, F frames give F hops.
+There are two ways from a mel to magnitudes. `least_squares_magnitude` is the usual one (librosa's
+NNLS gives the same figures). It leaves zeros and ripples between bands, which cost half a point of
+PESQ. `smooth_magnitude` avoids them. `evaluate` prints both. As in the vocoder, F frames give F
+hops.
 """
 
 import math
@@ -22,11 +23,11 @@ MelInversion = Callable[[Tensor, MelConfig], Tensor]
 
 
 def least_squares_magnitude(mel: Tensor, config: MelConfig) -> Tensor:
-    """Magnitudes of least norm with this mel, negative ones set to zero.
+    """Returns the magnitudes of least norm with this mel, negative ones set to zero.
 
     Args:
         mel: (n_mels, F), natural logarithm.
-        config: Its settings.
+        config: the mel's settings.
 
     Returns:
         (F, n_fft // 2 + 1), float64.
@@ -36,11 +37,11 @@ def least_squares_magnitude(mel: Tensor, config: MelConfig) -> Tensor:
 
 
 def smooth_magnitude(mel: Tensor, config: MelConfig) -> Tensor:
-    """Magnitudes with this mel that vary smoothly from bin to bin.
+    """Returns magnitudes with this mel that vary smoothly from bin to bin.
 
-    It starts flat; as in mel refinement, each step multiplies a bin by the geometric mean, by
-    their weight, of (wanted / present) of the bands over it. Smoothness comes from the triangles
-    themselves. Bins outside every band are zero.
+    It starts from a flat spectrum. As in mel refinement, each step multiplies a bin by the weighted
+    geometric mean of (wanted / present) over the bands that cover it. The triangles of the bands
+    make the result smooth. Bins outside every band are zero.
 
     Args and Returns: as `least_squares_magnitude`.
     """
@@ -63,14 +64,14 @@ def griffin_lim(
     seed: int = 0,
     inversion: MelInversion = smooth_magnitude,
 ) -> Tensor:
-    """Waveform of a mel by fast Griffin-Lim from random phase.
+    """Makes the waveform of a mel by fast Griffin-Lim, from random phase.
 
     Args:
         mel: (n_mels, F), natural logarithm.
-        mel_config: Its settings.
-        n_iter: Iterations, each an inverse STFT and an STFT.
-        seed: Of the phase that it starts from.
-        inversion: From mel to magnitudes.
+        mel_config: the mel's settings.
+        n_iter: number of iterations, each an inverse STFT and an STFT.
+        seed: seed of the first phase.
+        inversion: function from mel to magnitudes.
 
     Returns:
         (F * hop_length,), float32; it may exceed [-1, 1].

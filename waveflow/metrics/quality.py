@@ -1,7 +1,7 @@
-"""Perceptual metrics that outside packages compute: PESQ-WB, STOI, DNSMOS.
+"""Perceptual metrics of other packages: PESQ-WB, STOI, DNSMOS.
 
-Each package (extra `eval`) is imported by the function that needs it, so that a metric whose
-package is missing raises ImportError and the others go on.
+Each function imports its own package (extra `eval`). If one is missing, that function raises
+ImportError and the others work.
 """
 
 import warnings
@@ -18,19 +18,19 @@ DNSMOS_RATE = 16000
 
 
 def at_rate(audio: FloatArray, sample_rate: int, target_rate: int) -> FloatArray:
-    """Waveform (T,) at another rate, clipped to [-1, 1]: a filter's ripple may pass full scale."""
+    """Resamples a waveform (T,) and clips it to [-1, 1], which a filter's ripple may exceed."""
     if sample_rate != target_rate:
         audio = resample(audio, sample_rate, target_rate)
     return np.clip(audio, -1.0, 1.0)
 
 
 def pesq_wb(reference: FloatArray, audio: FloatArray, sample_rate: int) -> float:
-    """Wideband PESQ (MOS-LQO, about 1.0 to 4.64) of `audio` against `reference`.
+    """Returns wideband PESQ (MOS-LQO, about 1.0 to 4.64) of `audio` against `reference`.
 
     Args:
-        reference: (T,) recording in [-1, 1].
-        audio: (T,) its copy.
-        sample_rate: of both, in Hz; they are resampled to 16 kHz.
+        reference: (T,), a recording in [-1, 1].
+        audio: (T,), its copy.
+        sample_rate: rate of both, in Hz; they are resampled to 16 kHz.
 
     Raises:
         pesq.PesqError: if no utterance is found (silence) or the clip is too short.
@@ -51,9 +51,10 @@ def pesq_wb(reference: FloatArray, audio: FloatArray, sample_rate: int) -> float
 
 
 def stoi(reference: FloatArray, audio: FloatArray, sample_rate: int) -> float:
-    """Short-time objective intelligibility (up to 1) of `audio` against `reference`, both (T,).
+    """Returns the short-time objective intelligibility (up to 1) of `audio` (T,).
 
-    Below 0.4 seconds of speech the package has nothing to average: the result is then NaN.
+    The reference is a recording (T,). Below 0.4 seconds of speech the result is NaN, because the
+    package has nothing to average.
 
     Raises:
         ImportError: without the package `pystoi`, which resamples to its own 10 kHz.
@@ -63,7 +64,7 @@ def stoi(reference: FloatArray, audio: FloatArray, sample_rate: int) -> float:
     from pystoi import stoi as pystoi_stoi
 
     with warnings.catch_warnings():
-        # The package warns and returns 1e-5 where it cannot measure; a mean must not take that.
+        # Where it cannot measure, the package warns and returns 1e-5, which must not enter a mean.
         warnings.filterwarnings("error", "Not enough STFT frames", RuntimeWarning)
         try:
             return float(pystoi_stoi(reference, audio, sample_rate))
@@ -72,10 +73,10 @@ def stoi(reference: FloatArray, audio: FloatArray, sample_rate: int) -> float:
 
 
 def dnsmos(audio: FloatArray, sample_rate: int) -> float:
-    """Overall DNSMOS P.835 (1 to 5, no reference) of `audio` (T,) in [-1, 1].
+    """Returns the overall DNSMOS P.835 (1 to 5, no reference) of `audio` (T,) in [-1, 1].
 
     Raises:
-        ImportError: without the package `speechmos` or the `onnxruntime` that it does not declare.
+        ImportError: without `speechmos` or a package that it imports without declaring it.
 
     Reference: Reddy et al. 2022.
     """
