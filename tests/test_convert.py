@@ -308,6 +308,14 @@ def beside(small: dict[str, Tensor]) -> dict[str, object]:
     }
 
 
+def test_tensors_with_attributes(small: dict[str, Tensor]) -> None:
+    for make in (nn.Parameter, torch.clone):
+        tagged = {name: make(tensor) for name, tensor in small.items()}
+        for tensor in tagged.values():
+            tensor.tag = "mine"
+        assert same(read(saved(tagged))[1], small)
+
+
 @CONTAINERS
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_other_things_in_checkpoints(small: dict[str, Tensor], protocol: int, new: bool) -> None:

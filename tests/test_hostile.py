@@ -578,32 +578,29 @@ def test_source_code_beside_a_class_is_ignored(canary: Path) -> None:
     assert not canary.exists()
 
 
-ARCHIVES: dict[str, dict[str, bytes]] = {
-    "upwards": {"../../canary/data.pkl": two(b"}"), "../../canary/data/0": b"x"},
-    "absolute": {"/data.pkl": two(b"}")},
-    "two_roots": {"a/data.pkl": two(b"}"), "b/data.pkl": two(b"}")},
-    "no_pickle": {"a/data": b"x"},
-    "big_endian": {"a/data.pkl": two(b"}"), "a/byteorder": b"big"},
-    "script": {"a/data.pkl": two(b"}"), "a/constants.pkl": two(b")")},
-    "storage_too_small": {
-        "a/data.pkl": tensor(4, number(0), [number(4)], [number(1)]),
-        "a/data/0": bytes(15),
-    },
-    "storage_too_large": {
-        "a/data.pkl": tensor(4, number(0), [number(4)], [number(1)]),
-        "a/data/0": bytes(17),
-    },
-    "storage_missing": {"a/data.pkl": tensor(4, number(0), [number(4)], [number(1)])},
+FOUR = tensor(4, number(0), [number(4)], [number(1)])
+# Records of an archive, and the reason to refuse it.
+ARCHIVES: dict[str, tuple[dict[str, bytes], str]] = {
+    "upwards": ({"../../canary/data.pkl": FOUR, "../../canary/data/0": b"x"}, "another size"),
+    "absolute": ({"/data.pkl": FOUR}, "is missing"),
+    "two_roots": ({"a/data.pkl": FOUR, "a/data/0": bytes(16), "b/data.pkl": FOUR}, "did not write"),
+    "no_pickle": ({"a/data": b"x"}, "did not write"),
+    "big_endian": ({"a/data.pkl": FOUR, "a/byteorder": b"big"}, "big-endian"),
+    "script": ({"a/data.pkl": FOUR, "a/constants.pkl": two(b")")}, "TorchScript"),
+    "storage_too_small": ({"a/data.pkl": FOUR, "a/data/0": bytes(15)}, "another size"),
+    "storage_too_large": ({"a/data.pkl": FOUR, "a/data/0": bytes(17)}, "another size"),
+    "storage_missing": ({"a/data.pkl": FOUR}, "is missing"),
 }
 
 
 @pytest.mark.parametrize("kind", ARCHIVES)
 def test_archives(kind: str) -> None:
+    records, reason = ARCHIVES[kind]
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        for record, data in ARCHIVES[kind].items():
+        for record, data in records.items():
             archive.writestr(record, data)
-    refusal(file.getvalue())
+    assert reason in refusal(file.getvalue())
 
 
 def test_a_storage_that_names_another_file(tmp_path: Path) -> None:
