@@ -415,10 +415,12 @@ def test_settings_of_a_phase_that_a_model_lacks(settings: dict[str, Any], messag
 # --- parts of a step ---
 
 
-def with_f0(batch: Batch) -> Batch:
-    """Each item with another number of voiced frames."""
-    voiced = torch.arange(batch.mel.shape[2]) < 5 + 9 * torch.arange(len(batch.mel))[:, None]
-    return replace(batch, f0=150.0 * voiced)
+def unequal_items() -> Batch:
+    """Five items of unequal loudness, and with unequal numbers of voiced frames."""
+    audio, _ = speech(32, 5)
+    audio = audio * 0.4 ** torch.arange(5)[:, None]
+    batch = batch_of(audio, MelSpectrogram(MEL)(audio))
+    return replace(batch, f0=150.0 * (torch.arange(32) < 5 + 9 * torch.arange(5)[:, None]))
 
 
 @pytest.mark.parametrize("n_parts", [2, 3, 5])
@@ -426,7 +428,7 @@ def with_f0(batch: Batch) -> Batch:
 def test_parts_give_the_loss_and_the_gradient_of_the_whole(n_parts: int, which: int) -> None:
     """Random numbers and counts to divide by are those of the whole step."""
     flow = perturbed().train()
-    batch = with_f0(batch_of(*speech(32, 5)))
+    batch = unequal_items()
     phase = phases(flow, recipe(), CPU)[which]
 
     def weighed(parts: list[Batch]) -> tuple[Tensor, dict[str, float]]:
@@ -457,7 +459,7 @@ def test_a_mean_over_the_step_is_computed_once_and_over_all_processes() -> None:
         calls.append(len(batch.mel))
         return batch.f0.mean()
 
-    whole = with_f0(batch_of(*speech(32, 5)))
+    whole = unequal_items()
     others = replace(whole, f0=whole.f0[2:], share=Share(2, 5, 5)).f0.mean() * 3 / 5
     own = Batch(whole.audio[:2], whole.mel[:2], whole.f0[:2], Share(0, 2, 5), 0, others.__add__)
     first, second = own.split(2)
