@@ -112,6 +112,18 @@ def test_the_chosen_weights_are_summed_without_loss() -> None:
         torch.testing.assert_close(run(rows), layer(rows).detach(), rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize(("most", "largest"), [(1000, WEIGHT_8_BITS), (63, WEIGHT_7_BITS)])
+def test_the_probe_chooses(most: float, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that sums without loss, and one whose sums end at `most`; the probe's is 64."""
+
+    def summed(rows: Tensor) -> Tensor:
+        exact = rows.sum(1, keepdim=True).repeat(1, 64)
+        return torch.cat([exact, -exact], 1).clamp(-1000, most)
+
+    monkeypatch.setattr(RowGraph, "compiled", lambda *_: summed)
+    assert largest_weight.__wrapped__() == largest
+
+
 @pytest.mark.parametrize("n_frames", [1, 2, 64, 65, 200])
 @torch.inference_mode()
 def test_it_is_decode_to_8_bits(pair: Pair, n_frames: int) -> None:

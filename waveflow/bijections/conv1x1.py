@@ -58,6 +58,7 @@ class InvertibleConv1x1(Bijection):
         return _mix(self.inverted(), z), _sum(-self.log_abs_det(), z, cond)
 
     def for_decoding(self, kit: Kit) -> nn.Module:
+        """A product with the inverse, which is computed once."""
         return _Inverted(self, kit)
 
     def extra_repr(self) -> str:

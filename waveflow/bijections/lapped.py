@@ -100,6 +100,7 @@ class BlockTransform(ExactBuffers):
             return blocks @ self.exact("matrix", blocks)
 
     def for_decoding(self, kit: Kit) -> nn.Module:
+        """A product with the matrix, which is symmetric."""
         return kit.linear(self.matrix)
 
 

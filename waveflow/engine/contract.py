@@ -1,4 +1,4 @@
-"""What a decoder is, and what decoders without batches share."""
+"""The type of a decoder, and a loop over the items of a batch."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -35,7 +35,7 @@ def each_item(
 ) -> Tensor:
     """A batch item by item, each at its own length, zeros beyond: audio (B, C L).
 
-    What gains nothing from a batch (networks that fill one thread) has no padding to mask then.
+    For decoders that gain nothing from a batch. Without padding they need no masks.
 
     Args:
         decode: z (1, C, l), mel (1, M, f) and the item's state to audio (1, C l).

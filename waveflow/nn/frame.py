@@ -80,11 +80,13 @@ class GatedLayer(nn.Module):
         return x + self.out(torch.tanh(a) * torch.sigmoid(b))
 
     def for_decoding(self, kit: Kit) -> nn.Module:
+        """In float32 a layer with a faster gate."""
         if kit.dtype != torch.float32 or not self._has_plain_layers():
             return kit.replaced(self)
         return _FastGatedLayer(self, kit)
 
     def in_integers(self, graph: IntegerGraph, x: Any) -> Any:
+        """The layer's result in a graph, of x whose padding is zero."""
         if not self._has_plain_layers():
             raise NotInIntegers
         weights = self.dilated.weight.chunk(self.kernel_size, 1)
@@ -131,6 +133,7 @@ class GatedStack(nn.Module):
         return x
 
     def in_integers(self, graph: IntegerGraph, x: Any) -> Any:
+        """The result of all layers in a graph."""
         for layer in self.layers:
             x = graph.apply(layer, graph.valid(x))
         return x

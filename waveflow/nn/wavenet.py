@@ -161,7 +161,7 @@ class WaveNet(nn.Module):
         return FoldedWaveNet(_matrix(self.start), _bias(self.start), layers, end_bias)
 
     def for_integers(self, kit: IntegerKit) -> nn.Module:
-        """The network as one graph."""
+        """The network as one graph, without its skip path (`folded`)."""
         folded = self.folded()
         if folded is None:
             raise NotInIntegers

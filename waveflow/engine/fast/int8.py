@@ -1,8 +1,8 @@
 """The flow's inverse on a CPU with the matrix products of its networks in 8-bit integers.
 
-A network says itself how it runs in integers (`waveflow.decoding.IntegerKit`): those of a
-WaveGlow without their first layer (99.9 % of their multiply-adds) and those of a FrameGlow. The
-rest runs as in float32.
+A network says itself how it runs in integers (`waveflow.decoding.IntegerKit`). Of a WaveGlow's
+network all but the first layer does (99.9 % of its multiply-adds), of a FrameGlow's all layers
+do. Everything else runs in float32.
 
 - Weights are rounded to 8 bits with a scale for each output, or to 7 bits on a CPU that sums
   products in 16 bits (`int8_graph.largest_weight`). Inputs are rounded to 8 bits with a fixed
@@ -18,7 +18,7 @@ The library is OpenVINO. On a CPU with VNNI (one thread, one network of the publ
 2,752 rows, the same scales), times the plain path: OpenVINO 6.8, onnxruntime 5.2 with
 MatMulInteger and 1.7 with QDQ. OpenVINO also needs no second package to build a graph. In
 blocks and with all the rest of the model, a WaveGlow gains 5.7 times at 1 s and 6.5 at 4 s, a
-FrameGlow of 256 bins 1.2 and 1.3.
+FrameGlow of 256 bins 1.2 and 1.3. On a CPU without VNNI it gains nothing over float32.
 """
 
 import importlib.util
@@ -42,10 +42,10 @@ logger = logging.getLogger(__name__)
 
 
 class Int8Decoder:
-    """A flow's inverse with networks in int8, on a CPU: a decoder; `int8_decoder` makes it.
+    """A decoder: a flow's inverse with networks in int8, on a CPU; `int8_decoder` makes it.
 
-    It holds its own copy of the weights, and the number of torch's threads, as they are when it
-    is made: make another when either changes. Threads of a program may share it.
+    It keeps its own copy of the weights and the number of torch's threads: make another when
+    either changes. Threads may share it.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -105,9 +105,10 @@ def int8_decoder(flow: Flow, calibration_mel: Tensor) -> Int8Decoder:
 
 
 def speech_like_mel(n_mels: int, n_frames: int = 64) -> Tensor:
-    """A log-magnitude mel (M, F) that sweeps what speech covers, for want of a recording.
+    """A log-magnitude mel (M, F) with the levels of speech, where there is no recording.
 
-    From silence to loud and back, falling towards the upper bands, with harmonics and noise.
+    It goes from silence to loud and back, falls towards the upper bands, and has harmonics and
+    noise.
     """
     generator = torch.Generator().manual_seed(0)
     frames, bands = torch.arange(n_frames), torch.arange(n_mels)[:, None]

@@ -1,4 +1,4 @@
-"""Stand-ins of a flow's modules for synthesis: packed products, plain weights."""
+"""Makes the stand-ins of a flow's modules for synthesis: packed products, plain weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
 
     @property
     def is_faster(self) -> bool:
-        """Whether it differs from torch's own layer."""
+        """Whether it runs another routine than torch's own layer."""
         return self._product is not None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,12 +71,13 @@ class DecodingKit:
 
     def replaced(self, module: nn.Module, **children: nn.Module) -> nn.Module:
         """A copy of a module with these children for its own; the others are converted."""
-        own = dict(module.named_children())
-        given = {id(own[name]): child for name, child in children.items()}
-        return twin_of(module, lambda child: given.get(id(child)) or self.convert(child))
+        assert children.keys() <= module._modules.keys()
+        return _twin_of(
+            module, lambda name, own: children[name] if name in children else self.convert(own)
+        )
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-        """x weight^T + bias of a fixed weight (N, K), never below float32."""
+        """A layer x weight^T + bias with a fixed weight (N, K), never below float32."""
         return PackedLinear(weight, bias)
 
     def _stand_in(self, module: nn.Module) -> nn.Module:
@@ -88,7 +89,7 @@ class DecodingKit:
             packed = PackedLinear(module.weight, module.bias)  # type: ignore[arg-type]
             if packed.is_faster:
                 return packed
-        return twin_of(module, self.convert)
+        return self.replaced(module)
 
 
 def with_packed_linears(module: nn.Module) -> nn.Module:
@@ -97,7 +98,7 @@ def with_packed_linears(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def twin_of(module: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def _twin_of(module: nn.Module, convert: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
     """A shallow copy of a module with converted children and without parametrizations.
 
     A parametrized tensor, such as a weight with weight norm, is computed once. The class of a
@@ -113,7 +114,7 @@ def twin_of(module: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.
             value = getattr(module, name).detach()
             twin._parameters[name] = nn.Parameter(value, requires_grad=False)
     twin._modules = {
-        name: None if child is None else convert(child) for name, child in children.items()
+        name: None if child is None else convert(name, child) for name, child in children.items()
     }
     return twin
 

@@ -1,15 +1,14 @@
-"""WaveGlow on a CPU: the flow's inverse in (L, C) rows, without what its algebra can spare.
+"""WaveGlow on a CPU: the flow's inverse in (L, C) rows, with fewer and larger products.
 
 It computes what `Flow.decode` does and differs from it by rounding alone:
 
-- Weight norm, the inverses of the 1x1 convolutions and all that follows are worked out once, in
-  float64.
+- The weights below are computed once, in float64, from those without weight norm.
 - In rows of channels every convolution is a product with a matrix: the taps of a dilated one lie
   side by side in a row, zeros beyond both ends.
 - `end` is linear, so its product with a layer's skip matrix gives the layer's share of the
   result at once, and the skip path of C channels is gone.
 - `start` is linear, so the first dilated convolution takes the few channels of the passive half
-  in its place. A channel of ones carries the bias of `start`: it ends where the signal ends, as
+  directly. A channel of ones carries the bias of `start`; it ends where the signal ends, because
   the zero padding does.
 - tanh(a) = 2 sigmoid(2 a) - 1: one function for both halves of the gate, and the faster one.
 - The condition is added layer by layer, at the rank that `engine.fast.low_rank` finds.
@@ -35,10 +34,10 @@ _BLOCK = 1024
 
 
 class RowsWaveGlow:
-    """The inverse of a WaveGlow on a CPU, in rows: a decoder.
+    """A decoder: the inverse of a WaveGlow on a CPU, in rows.
 
-    It holds its own copy of the weights as they are when it is built: build another when they
-    change. It keeps nothing from call to call, so threads may share it.
+    It keeps its own copy of the weights: build another when they change. It keeps nothing from
+    call to call, so threads may share it.
 
     Args:
         rows: the weights of a WaveGlow (`WaveGlow.rows`), on the CPU.
@@ -82,7 +81,7 @@ class RowsWaveGlow:
         return each_item(self._decode, self._hop_length, z, mel, lengths, state)
 
     def _decode(self, noise: Tensor, mel: Tensor, state: State) -> Tensor:
-        """One item: noise (1, C, L) and mel (1, M, F) to audio (1, C L)."""
+        """Audio (1, C L) of one item, noise (1, C, L) and mel (1, M, F)."""
         z, mel = noise[0].T.float(), mel[0].T.float()
         features = self._steering.rows(mel).to(self._dtype)
         n_out = sum(step.n_early for step in self._steps)
