@@ -23,6 +23,7 @@ from forking import Forked, Outcome, command
 
 from waveflow import __version__
 from waveflow.audio.mel import MEL_PRESETS, MelSpectrogram
+from waveflow.cli import console
 from waveflow.cli.main import app, main
 from waveflow.cli.options import MelPreset
 from waveflow.engine.cost import count_parameters, macs_per_second, measure_speed
@@ -757,6 +758,18 @@ def test_progress_goes_to_a_terminal_on_stderr(
     result = run("vocode", mels, "-o", tmp_path / "wavs", "--model", tiny_model)
     assert result.status == 0 and result.out == ""
     assert "files" in result.err and "3/3" in result.err
+
+
+def test_results_go_to_stdout_beside_a_bar_and_notes_are_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with console.counting("files") as progress:
+        progress(1, 2)
+        console.show("a result")
+    assert capsys.readouterr().out == "a result\n"
+    console.note("two\nlines")
+    assert capsys.readouterr() == ("", "waveflow: two lines\n")
 
 
 # prepare and train

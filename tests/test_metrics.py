@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from waveflow.audio.io import read_audio, write_audio
+from waveflow.audio.io import read_audio, resample, write_audio
 from waveflow.audio.mel import MEL_PRESETS, MelSpectrogram
 from waveflow.audio.refine import MelRefinement
 from waveflow.data.corpus import select_ids
@@ -19,7 +19,7 @@ from waveflow.metrics import evaluation as evaluation_module
 from waveflow.metrics.copies import evaluate
 from waveflow.metrics.evaluation import COLUMNS, METRICS
 from waveflow.metrics.griffin_lim import griffin_lim, least_squares_magnitude, smooth_magnitude
-from waveflow.metrics.quality import dnsmos, pesq_wb, stoi
+from waveflow.metrics.quality import at_rate, dnsmos, pesq_wb, stoi
 from waveflow.metrics.spectral import draw_correlation, log_mel_l1, signal_to_noise_db
 from waveflow.metrics.voicing import compare_f0, voicing
 
@@ -75,6 +75,12 @@ def test_dnsmos_prefers_the_clean_recording(speech, noisy):
     # It repeats a clip by doubling it until it has 9.01 s: of this length, once and no more.
     clip = slice(0, round(1.14 * RATE))
     assert 2.0 < dnsmos(noisy[clip], RATE) + 0.2 < dnsmos(speech[clip], RATE) < 5.0
+
+
+def test_the_ripple_of_a_filter_stays_below_full_scale():
+    square = np.sign(np.sin(2 * np.pi * 441 * (np.arange(RATE) + 0.5) / RATE)).astype(np.float32)
+    assert np.abs(resample(square, RATE, 16000)).max() > 1.1
+    assert np.abs(at_rate(square, RATE, 16000)).max() == 1.0
 
 
 def test_voicing_measures_a_known_shift_of_pitch():
