@@ -229,8 +229,8 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
         "conditioner.enter.bias is torch.float32 (5,), the config makes it torch.float32 (4,)",
     ),
     "kind": (
-        lambda w: w.update({"conditioner.enter.bias": torch.zeros(4, dtype=torch.complex64)}),
-        "conditioner.enter.bias is torch.complex64 (4,)",
+        lambda w: w.update({"conditioner.enter.bias": torch.zeros(4, dtype=torch.int64)}),
+        "conditioner.enter.bias is torch.int64 (4,)",
     ),
     "nan": (
         lambda w: w["conditioner.enter.bias"].__setitem__(2, torch.nan),
