@@ -288,6 +288,17 @@ def test_a_module_says_itself_what_stands_in_for_it(packed: bool) -> None:
     assert type(stand_in) is (PackedLinear if packed else nn.Linear)
 
 
+def test_autocast_has_torchs_own_layers_in_half_precision(packed: bool) -> None:
+    """A packed product would stay in float32."""
+    assert type(DecodingKit(torch.bfloat16).convert(nn.Linear(3, 3))) is nn.Linear
+
+
+def test_the_plu_form_declares_too() -> None:
+    """A declaration is not inherited."""
+    for module in (InvertibleConv1x1(4), InvertibleConv1x1PLU(4)):
+        assert type(DecodingKit().convert(module)) is not type(module)
+
+
 def test_a_shared_module_has_one_stand_in(packed: bool) -> None:
     shared = nn.Sequential(nn.Linear(3, 3))
     stand_in: Any = DecodingKit().convert(nn.Sequential(shared, shared))
