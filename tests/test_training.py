@@ -43,6 +43,7 @@ from waveflow.objective import Batch, Loss, Share
 from waveflow.training import loop
 from waveflow.training.config import Recipe, read_recipe
 from waveflow.training.loop import Progress, Trainer
+from waveflow.training.optimizer import update_average
 from waveflow.training.run_folder import (
     RUN_RECORD,
     STATE,
@@ -444,6 +445,7 @@ def test_rates_by_name(cache: TrainingCache, tmp_path: Path) -> None:
             factor = 0.0
         else:
             factor = 0.1 if name.startswith("bijection.steps.1.") else 1.0
+        assert trainer.flow.get_parameter(name).requires_grad == (factor > 0)
         if factor == 0:
             assert distance == 0, name
         elif distance > 0:
@@ -487,8 +489,11 @@ def test_buffers_are_saved_and_loaded_with_the_weights() -> None:
     """ActNorm would start from data once more."""
     flow = Flow(Chain(Squeeze(4), ActNorm(4)), None, 4)
     optimizer = torch.optim.AdamW(flow.parameters())
+    average = copied(flow.state_dict())
     flow(torch.randn(3, 8)).sum().backward()
     optimizer.step()
+    update_average(average, flow, decay=0.9, step=0)
+    assert average["bijection.steps.1.initialized"]
     tensors = copied(training_tensors(flow, optimizer))
     other = Flow(Chain(Squeeze(4), ActNorm(4)), None, 4)
     assert not other.bijection[1].initialized
