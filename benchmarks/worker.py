@@ -31,6 +31,12 @@ def load(model: str, path: str) -> Vocoder:
     for layer in list(vocoder.flow.modules()):
         if is_parametrized(layer, "weight"):
             remove_parametrizations(layer, "weight")
+        # Older commits keep the inverses of 1x1 convolutions; others get them once here.
+        if not hasattr(vocoder.flow, "prepare_for_inference"):
+            for name in ("inverted", "log_abs_det"):
+                if hasattr(layer, name):
+                    value = getattr(layer, name)().detach()
+                    setattr(layer, name, lambda value=value: value)
     return Vocoder(vocoder.config, vocoder.flow, lambda flow: flow.decode)
 
 
