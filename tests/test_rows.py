@@ -269,8 +269,17 @@ def changed_dilation(flow: Any) -> None:
     flow.bijection[2].network.in_layers[0] = torch.nn.Conv1d(8, 16, 5, padding=18, dilation=9)
 
 
-def grouped(flow: Any) -> None:
-    flow.bijection[2].network.in_layers[0] = torch.nn.Conv1d(8, 16, 3, padding=1, groups=2)
+def dilated(*sizes: int, **settings: Any) -> Any:
+    """Replaces a dilated convolution by one that rows do not know."""
+
+    def change(flow: Any) -> None:
+        flow.bijection[2].network.in_layers[0] = torch.nn.Conv1d(8, 16, *sizes, **settings)
+
+    return change
+
+
+def wide_end(flow: Any) -> None:
+    flow.bijection[2].network.end = torch.nn.Conv1d(8, 8, 3, padding=1)
 
 
 def another_squeeze(flow: Any) -> None:
@@ -301,7 +310,13 @@ CHANGES = {
     "chain of a level": lambda flow: subclass_of(flow.bijection[5].rest),
     "end": lambda flow: subclass_of(flow.bijection[2].network.end),
     "bound": changed_bound,
-    "groups": grouped,
+    "groups": dilated(3, padding=1, groups=2),
+    "padding": dilated(3),
+    "padding mode": dilated(3, padding=1, padding_mode="reflect"),
+    "even kernel": dilated(4, padding=2),
+    "stride": dilated(3, padding=1, stride=2),
+    "no bias": dilated(3, padding=1, bias=False),
+    "wide end": wide_end,
     "another squeeze": another_squeeze,
     "another step": another_step,
     "a step behind": a_step_behind,
