@@ -603,6 +603,37 @@ def test_archives(kind: str) -> None:
     assert reason in refusal(file.getvalue())
 
 
+def twice_doubled() -> bytes:
+    """A list of two equal tuples, whose comparison would take for ever."""
+    return two(list_of(laughing("tuple"), laughing("tuple")))
+
+
+LITTLE = pickle.dumps({"little_endian": True}, 2)
+# Machine, names of storages, and the storages of a legacy file, and the reason to refuse it.
+LEGACY: dict[str, tuple[bytes, bytes, bytes, str]] = {
+    "big_endian": (pickle.dumps({"little_endian": False}, 2), b"", b"", "little-endian"),
+    "no_machine": (pickle.dumps([1], 2), b"", b"", "little-endian"),
+    "no_names": (LITTLE, two(number(5)), b"", "list of storages is damaged"),
+    "odd_names": (LITTLE, twice_doubled(), b"", "list of storages is damaged"),
+    "other_names": (LITTLE, pickle.dumps(["1"], 2), b"", "not that of its tensors"),
+    "name_twice": (LITTLE, pickle.dumps(["0", "0"], 2), b"", "not that of its tensors"),
+    "other_size": (
+        LITTLE,
+        pickle.dumps(["0"], 2),
+        struct.pack("<q", 3) + bytes(16),
+        "another size",
+    ),
+    "cut_off": (LITTLE, pickle.dumps(["0"], 2), struct.pack("<q", 4) + bytes(15), "cut off"),
+}
+
+
+@pytest.mark.parametrize("kind", LEGACY)
+def test_legacy_files(kind: str) -> None:
+    machine, names, storages, reason = LEGACY[kind]
+    head = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001)]
+    assert reason in refusal(b"".join([*head, machine, FOUR, names, storages]))
+
+
 def test_a_storage_that_names_another_file(tmp_path: Path) -> None:
     """Keys are looked up in the archive and nowhere else, links there are bytes."""
     (tmp_path / "secret").write_bytes(bytes(16))
