@@ -155,9 +155,22 @@ def test_kept_bytes_are_those_of_activations_without_weights() -> None:
             self.weight = nn.Parameter(torch.ones(1))
 
         def forward(self, audio: Tensor, mel: Tensor) -> Tensor:
-            return (audio * self.weight).sum()
+            return (audio * self.weight * self.weight).sum()
 
-    assert kept_bytes(Scale(), 8, 10, CPU) == 4 * 4 * 10
+    # The audio and the first product.
+    assert kept_bytes(Scale(), 8, 10, CPU) == 2 * 4 * 4 * 10
+
+
+def test_bytes_that_are_kept_once_for_any_length_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        machine, "kept_bytes", lambda flow, n_mels, n_frames, _: 999 + 10 * n_frames
+    )
+    for kept in (5 * 32 * 10 - 1, 5 * 32 * 10):
+        monkeypatch.setattr(machine, "_memory_bytes", lambda _, kept=kept: 2 * kept)
+        chosen = choose_recompute(perturbed(), recipe(**PLAIN), 5, CPU)
+        assert chosen == (kept < 5 * 32 * 10)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
