@@ -1,5 +1,6 @@
 """int8: as near to float32 as its bits allow, for any length and batch, and clear refusals."""
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -265,3 +266,22 @@ def test_without_a_network_for_it() -> None:
     flow = _frameglow(network="convnext")
     with pytest.raises(ConfigError, match="no network that runs in int8"):
         int8_decoder(flow, speech_like_mel(N_MELS))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal stack is Linux's")
+def test_a_signal_after_the_last_graph_is_gone() -> None:
+    """In another thread than the one that made it: OpenVINO would free this one's signal stack."""
+    code = (
+        "import gc, signal, threading\n"
+        "from waveflow.engine.fast.int8_graph import RowGraph\n"
+        "def graph():\n"
+        "    made = RowGraph(8, 0, 63)\n"
+        "    return made.compiled(made.add(made.input(4), made.constant(1)))\n"
+        "graphs = [graph()]\n"
+        "thread = threading.Thread(target=lambda: (graphs.clear(), gc.collect()))\n"
+        "thread.start(); thread.join()\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('heard'))\n"
+        "signal.raise_signal(signal.SIGTERM)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "heard\n"), run.stderr

@@ -37,6 +37,21 @@ class Rows(NamedTuple):
     scale: Array | None = None
 
 
+@cache
+def _core() -> Any:
+    """OpenVINO's runtime, one for the life of the process.
+
+    Its CPU plug-in gives the thread that loads it another signal stack, and frees that stack when
+    the last model goes. If another thread lets the last model go, the next signal crashes the
+    process. A runtime that stays keeps the plug-in, and so the stack.
+    """
+    import openvino
+
+    core = openvino.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plug-in
+    return core
+
+
 class RowBlocks:
     """A compiled graph, run block by block over (L, C) rows; it keeps nothing between calls."""
 
@@ -173,7 +188,7 @@ class RowGraph:
         }
         results = [self._op.result(result.node)]
         model = self._openvino.Model(results, self._kept, self._inputs, "int8")
-        compiled = self._openvino.Core().compile_model(model, "CPU", settings)
+        compiled = _core().compile_model(model, "CPU", settings)
         return RowBlocks(compiled, self._n_rows, result.lag)
 
     def _normalised(self, x: Rows, layer: nn.LayerNorm) -> Rows:
