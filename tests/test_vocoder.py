@@ -19,6 +19,7 @@ import waveflow
 from waveflow.audio.mel import MEL_PRESETS, MelConfig
 from waveflow.checkpoint import ModelConfig, Provenance, SynthesisConfig
 from waveflow.engine import decoder as engine_decoder
+from waveflow.engine.fast.int8 import Int8Decoder
 from waveflow.engine.fast.torch_decoder import TorchDecoder
 from waveflow.engine.vocoder import Vocoder, VocoderWarning, load
 from waveflow.errors import AudioError, CheckpointError, ConfigError, MelMismatchError
@@ -481,8 +482,37 @@ def test_auto_takes_what_pays(
     expected = TorchDecoder(vocoder.flow, dtype)
     noise = vocoder.flow.noise(mel.shape[1], [0])
     assert torch.equal(chosen(noise, mel[None]), expected(noise, mel[None]))
-    assert f"precision {str(dtype).removeprefix('torch.')}: " in caplog.text
+    assert f"runs in {str(dtype).removeprefix('torch.')}: " in caplog.text
     assert f"{gain} times" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("largest", "gain", "runs_in"),
+    [(127, None, "int8"), (63, 0.8, "float32"), (63, 1.1, "int8")],
+    ids=["VNNI", "slower", "faster"],
+)
+def test_int8_without_8_bit_products_is_refused_where_it_is_slower(
+    tiny_model: Path,
+    mel: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    largest: int,
+    gain: float | None,
+    runs_in: str,
+) -> None:
+    pytest.importorskip("openvino")
+    times = iter([] if gain is None else [gain, 1.0])
+    monkeypatch.setattr(engine_decoder, "_seconds", lambda *_: next(times))
+    monkeypatch.setattr(engine_decoder, "largest_weight", lambda: largest)
+    vocoder = load(tiny_model, precision="int8")
+    with caplog.at_level("WARNING", logger="waveflow.engine"):
+        chosen = vocoder.decoder
+    assert isinstance(chosen, Int8Decoder) == (runs_in == "int8")
+    # A user who asked for int8 is told that it is not what runs.
+    assert bool(caplog.records) == (runs_in != "int8")
+    noise = vocoder.flow.noise(mel.shape[1], [0])
+    plain = vocoder.flow.decode(noise, mel[None])
+    assert (chosen(noise, mel[None]) - plain).abs().max() < 0.1 * plain.abs().max()
 
 
 def test_loading_in_inference_mode_and_copies(tiny_model: Path, mel: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from waveflow.engine.contract import Decoder
 from waveflow.engine.fast.int8 import int8_decoder
+from waveflow.engine.fast.int8_graph import WEIGHT_8_BITS, largest_weight
 from waveflow.engine.fast.rows import RowsWaveGlow, rows_of
 from waveflow.engine.fast.torch_decoder import TorchDecoder, device_of
 from waveflow.errors import ConfigError
@@ -25,40 +26,57 @@ from waveflow.flow import Flow
 
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
 
-# What is decoded to choose a precision: a tenth of a second at the usual hop.
-PROBE_FRAMES = 8
+# What is decoded to choose a precision: a tenth of a second at the usual hop for half precision,
+# some blocks of rows for int8.
+PROBE_FRAMES = {"bfloat16": 8, "int8": 64}
 PROBE_RUNS = 3
-# Half precision costs some quality: it must be clearly faster to be chosen.
-WORTHWHILE = 1.3
+# A lower precision costs some quality: half precision, which nobody asked for by name, must be
+# clearly faster to be chosen.
+WORTHWHILE = {"bfloat16": 1.3, "int8": 1.0}
 
 
 class Choice(NamedTuple):
-    """The decoder of a precision that was chosen, and why, in words."""
+    """The decoder that was chosen, its precision, and why, in words."""
 
     decoder: Decoder
+    precision: Precision
     reason: str
 
 
-def choose_decoder(flow: Flow, n_mels: int, compile: bool = False) -> Choice:
-    """The decoder in float32 or in bfloat16, whichever a short probe finds to pay here.
+def choose_decoder(
+    flow: Flow,
+    mel: Tensor,
+    lower: Literal["bfloat16", "int8"] = "bfloat16",
+    compile: bool = False,
+) -> Choice:
+    """The decoder in a lower precision, where a short probe finds that it pays, or in float32.
 
     Measured, never taken from the processor's flags: of two CPUs with avx512_bf16 one ran
     bfloat16 products at half the rate of float32 and the other at four times it. And with the
-    decoders themselves, because a small network gains less than its products.
+    decoders themselves, because a small network gains less than its products. int8 is asked for
+    by name, so it is measured only where the CPU's sums of 8-bit products overflow.
+
+    Args:
+        mel: (M, F), speech in the model's convention: to decode, and for int8's scales.
+
+    Raises:
+        ConfigError: as `make_decoder`.
     """
     device = device_of(flow)
-    mel = torch.full((1, n_mels, PROBE_FRAMES), -5.0, device=device)
-    noise = flow.noise(PROBE_FRAMES, [0]).to(device)
+    probe = mel[None, :, : PROBE_FRAMES[lower]].to(device)
+    noise = flow.noise(probe.shape[2], [0]).to(device)
     full = make_decoder(flow, "float32", compile)
     try:
-        half = make_decoder(flow, "bfloat16", compile)
-        gain = _seconds(full, noise, mel) / _seconds(half, noise, mel)
+        decoder = make_decoder(flow, lower, compile, mel)
+        if lower == "int8" and largest_weight() == WEIGHT_8_BITS:
+            return Choice(decoder, lower, "this CPU sums products of 8-bit integers")
+        gain = _seconds(full, noise, probe) / _seconds(decoder, noise, probe)
     except RuntimeError as error:
-        return Choice(full, f"float32, as bfloat16 fails here: {str(error).splitlines()[0]}")
-    reason = f"bfloat16 runs this model at {gain:.2g} times float32's speed here"
-    if gain >= WORTHWHILE:
-        return Choice(half, f"bfloat16: {reason}")
-    return Choice(full, f"float32: {reason}")
+        return Choice(full, "float32", f"{lower} fails here: {str(error).splitlines()[0]}")
+    reason = f"{lower} runs this model at {gain:.2g} times float32's speed here"
+    if gain >= WORTHWHILE[lower]:
+        return Choice(decoder, lower, reason)
+    return Choice(full, "float32", reason)
 
 
 def make_decoder(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -439,7 +439,8 @@ def load(
         verify: check the files' hashes against the manifest.
         device: where it runs.
         precision: of the networks' matrix products: float32, bfloat16, float16 (GPU) or int8
-            (CPU, extra `int8`); "auto" picks the faster of the first two and logs it.
+            (CPU, extra `int8`; float32 where a probe finds that faster on a CPU without 8-bit
+            products); "auto" picks the faster of the first two. The choice is logged.
         compile: torch.compile; the first call then takes half a minute or more.
 
     Raises:
@@ -451,19 +452,20 @@ def load(
     if precision not in (*get_args(Precision), "auto"):
         names = ", ".join((*get_args(Precision), "auto"))
         raise ConfigError(f"precision {precision!r} is none of {names}")
-    if precision == "auto":
-        decoder_of = partial(_chosen, n_mels=config.mel.n_mels, compile=compile)
-    else:
-        mel = _calibration_mel(folder, config.mel) if precision == "int8" else None
-        decoder_of = partial(
-            make_decoder, precision=precision, compile=compile, calibration_mel=mel
-        )
+    mel = _calibration_mel(folder, config.mel) if precision in ("auto", "int8") else None
+    decoder_of = partial(_decoder_of, wish=precision, mel=mel, compile=compile)
     return Vocoder(config, flow, decoder_of, folder).to(device)
 
 
-def _chosen(flow: Flow, n_mels: int, compile: bool) -> Decoder:
-    decoder, reason = choose_decoder(flow, n_mels, compile)
-    logger.info("precision %s", reason)
+def _decoder_of(
+    flow: Flow, wish: Precision | Literal["auto"], mel: Tensor | None, compile: bool
+) -> Decoder:
+    if mel is None:
+        return make_decoder(flow, cast(Precision, wish), compile)
+    lower: Literal["bfloat16", "int8"] = "int8" if wish == "int8" else "bfloat16"
+    decoder, precision, reason = choose_decoder(flow, mel, lower, compile)
+    refused = wish == "int8" and precision != "int8"
+    logger.log(logging.WARNING if refused else logging.INFO, "runs in %s: %s", precision, reason)
     return decoder
 
 

@@ -18,11 +18,11 @@ The library is OpenVINO. On a CPU with VNNI (one thread, one network of the publ
 2,752 rows, the same scales), times the plain path: OpenVINO 6.8, onnxruntime 5.2 with
 MatMulInteger and 1.7 with QDQ. OpenVINO also needs no second package to build a graph. In
 blocks and with all the rest of the model, a WaveGlow gains 5.7 times at 1 s and 6.5 at 4 s, a
-FrameGlow of 256 bins 1.2 and 1.3. On a CPU without VNNI it gains nothing over float32.
+FrameGlow of 256 bins 1.2 and 1.3. On a CPU without VNNI it gains nothing over float32
+(`engine.decoder.choose_decoder` measures that).
 """
 
 import importlib.util
-import logging
 import math
 from typing import Any, cast
 
@@ -33,12 +33,10 @@ from waveflow.bijections import Condition
 from waveflow.context import Context
 from waveflow.decoding import NotInIntegers, declaration
 from waveflow.engine.contract import each_item
-from waveflow.engine.fast.int8_graph import WEIGHT_8_BITS, Array, RowGraph, largest_weight
+from waveflow.engine.fast.int8_graph import Array, RowGraph, largest_weight
 from waveflow.engine.fast.packed import DecodingKit
 from waveflow.errors import ConfigError
 from waveflow.flow import Conditioner, Flow, State
-
-logger = logging.getLogger(__name__)
 
 
 class Int8Decoder:
@@ -95,11 +93,6 @@ def int8_decoder(flow: Flow, calibration_mel: Tensor) -> Int8Decoder:
         raise ConfigError(
             "this model has no network that runs in int8: give float32, a WaveGlow, or a "
             "FrameGlow whose network is wavenet"
-        )
-    if largest_weight() < WEIGHT_8_BITS:
-        logger.warning(
-            "this CPU has no instructions for products of 8-bit integers (VNNI): int8 is no "
-            "faster than float32 here"
         )
     return Int8Decoder(converted)
 
