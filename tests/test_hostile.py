@@ -552,6 +552,15 @@ def test_odd_data_harm_nothing(kind: str, container: str) -> None:
         assert list(read(CONTAINERS[container](beside(INERT[kind])))) == ["upsample.weight"]
 
 
+def test_depth_and_length_of_names_are_limited() -> None:
+    """Else the names of many tensors in a thousand dicts, or under a long key, fill the memory."""
+    deep = two(b"}" + (text("a") + b"}") * 1000 + b"s" * 1000)
+    assert list(read(zipped(beside(deep)))) == ["upsample.weight"]
+    good = model(view(4, number(0), [number(4)], [number(1)]))
+    assert list(read(zipped(two(dict_of(**{"a" * 200: good}))))) == ["upsample.weight"]
+    assert "no WaveGlow" in refusal(zipped(two(dict_of(**{"a" * 300: good}))))
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("kind", TENSORS)
 def test_tensors_stay_in_the_file(kind: str, container: str) -> None:
