@@ -254,6 +254,7 @@ def test_several_models(small: dict[str, Tensor]) -> None:
     assert same(read(saved({"ema": other, "model": small}))[1], small)
     assert same(read(saved({"generator": small, "waveglow": other}))[1], other)
     assert same(read(saved({"last": small, "best": small}))[1], small)
+    assert same(read(saved({"last": small, "x": {"preupsample.weight": torch.ones(1)}}))[1], small)
     with pytest.raises(CheckpointError, match=r"it holds 2 models, under 'best\.' and 'last\.'"):
         read(saved({"last": small, "best": other}))
 
