@@ -254,6 +254,7 @@ def test_several_models(small: dict[str, Tensor]) -> None:
     assert same(read(saved({"ema": other, "model": small}))[1], small)
     assert same(read(saved({"generator": small, "waveglow": other}))[1], other)
     assert same(read(saved({"last": small, "best": small}))[1], small)
+    assert same(read(saved({"last": small, "x": {"preupsample.weight": torch.ones(1)}}))[1], small)
     with pytest.raises(CheckpointError, match=r"it holds 2 models, under 'best\.' and 'last\.'"):
         read(saved({"last": small, "best": other}))
 
@@ -345,7 +346,8 @@ def as_module(
 ) -> nn.Module:
     """A module of these classes with these weights, as the published code would hold it."""
     root = classes["WaveGlow"]()
-    root.upsample = nn.ConvTranspose1d(1, 1, 1, stride)
+    root.upsample = nn.ConvTranspose1d(1, 1, 1, stride, bias=False)
+    del root.upsample.bias
     root.convinv, root.WN = nn.ModuleList(), nn.ModuleList()
     for name, tensor in weights.items():
         *path, own = name.split(".")
@@ -356,7 +358,10 @@ def as_module(
                 kind = kinds.get(id(place))
                 place.add_module(part, classes[kind]() if kind else nn.Module())
             place = getattr(place, part)
-        setattr(place, own, nn.Parameter(tensor))
+        if name == "upsample.bias":
+            place.register_buffer(own, tensor)  # as some who freeze weights do
+        else:
+            setattr(place, own, nn.Parameter(tensor))
         if own == "weight_v":
             place.weight = torch.zeros_like(tensor)  # as old weight norm leaves it
     return root
@@ -377,10 +382,23 @@ def test_pickled_modules(
 ) -> None:
     options = {"pickle_protocol": 2 if new else 4, "_use_new_zipfile_serialization": new}
     module = as_module(small, published_classes(monkeypatch, file), stride=200)
-    for data in (module, {"model": module}, {"generator": nn.DataParallel(module)}):
+    compiled = nn.Module()
+    compiled._orig_mod = module
+    wrapped = [{"generator": nn.DataParallel(module)}, {"net": compiled}]
+    for data in (module, {"model": module}, *wrapped):
         header, found = read(saved(data, **options))
         assert same(found, small)
         assert (header.lineage, header.hop_length) == (lineage, 200)
+
+
+@pytest.mark.parametrize("stride", [0, "1", True, None, (256, 1), ()], ids=repr)
+def test_strides_that_are_none(
+    monkeypatch: pytest.MonkeyPatch, small: dict[str, Tensor], stride: object
+) -> None:
+    module = as_module(small, published_classes(monkeypatch, "glow"))
+    module.upsample.stride = stride if isinstance(stride, tuple) else (stride,)
+    header, _ = read(saved(module))
+    assert header.hop_length is None
 
 
 def test_pickled_modules_of_dle(
@@ -472,6 +490,10 @@ def test_dle_weights_without_their_config_need_the_flag(
     path = save(bare(FIXTURES / name))
     assert "--lineage" in refusal(path)
     assert same_weights(convert(path, lineage="dle"), small)
+    other_config = {"train_config": {"epochs": 3}}
+    assert "--lineage" in refusal(
+        save({"state_dict": bare(FIXTURES / name), "config": other_config})
+    )
 
 
 def test_the_oldest_layout_needs_no_classes(save: Save, small: dict[str, Tensor]) -> None:
@@ -752,6 +774,21 @@ def test_a_session_may_have_tighter_limits() -> None:
             [sys.executable, "-c", code], stdin=file, capture_output=True, env=ENVIRONMENT
         )
     assert json.loads(done.stdout)["header"]["container"] == "zip", done.stderr
+
+
+@linux
+def test_all_limits_are_set() -> None:
+    """Those too that do not bind a test that runs as root."""
+    names = ("CPU", "AS", "FSIZE", "NOFILE", "NPROC", "CORE")
+    code = (
+        "import resource; from waveflow.foreign.reader import _limit; _limit(50, 2**31);"
+        f"print([resource.getrlimit(getattr(resource, 'RLIMIT_' + name)) for name in {names}])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, env=ENVIRONMENT
+    )
+    limits = [50, 2**31, reader.MAX_OUTPUT, 3, 0, 0]
+    assert done.stdout.decode().strip() == str([(limit, limit) for limit in limits]), done.stderr
 
 
 @linux

@@ -552,6 +552,15 @@ def test_odd_data_harm_nothing(kind: str, container: str) -> None:
         assert list(read(CONTAINERS[container](beside(INERT[kind])))) == ["upsample.weight"]
 
 
+def test_depth_and_length_of_names_are_limited() -> None:
+    """Else the names of many tensors in a thousand dicts, or under a long key, fill the memory."""
+    deep = two(b"}" + (text("a") + b"}") * 1000 + b"s" * 1000)
+    assert list(read(zipped(beside(deep)))) == ["upsample.weight"]
+    good = model(view(4, number(0), [number(4)], [number(1)]))
+    assert list(read(zipped(two(dict_of(**{"a" * 200: good}))))) == ["upsample.weight"]
+    assert "no WaveGlow" in refusal(zipped(two(dict_of(**{"a" * 300: good}))))
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("kind", TENSORS)
 def test_tensors_stay_in_the_file(kind: str, container: str) -> None:
@@ -671,6 +680,21 @@ def test_tensors_that_share_a_storage_cannot_outgrow_the_file() -> None:
     again = {f"a{i}": b"h\x01" for i in range(1000)}
     many = dict_of(**{"upsample.weight": one + b"q\x01", **again})
     assert "more numbers than the file" in refusal(zipped(model_of(many)))
+
+
+def test_numbers_that_lie_far_apart_count_with_the_gaps() -> None:
+    """Else small tensors could make the reader go through a large storage over and over."""
+    data = zipped(FOUR)
+    found = json.loads(reader.describe(io.BytesIO(data)))
+    ends = found["tensors"]["upsample.weight"] | {"shape": [2], "strides": [3]}
+    found["tensors"] = {str(i): ends for i in range(len(data) // 12)}
+    with pytest.raises(CheckpointError, match="more numbers than the file"):
+        sandbox.load(json.dumps(found).encode(), io.BytesIO(data))
+
+
+def test_tensors_without_elements() -> None:
+    data = zipped(tensor(4, number(9), [number(2**40), number(0), number(2**40)], [number(1)] * 3))
+    assert read(data)["upsample.weight"].numel() == 0
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

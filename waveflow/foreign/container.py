@@ -1,7 +1,6 @@
 """Opens the two containers of torch.save: the zip archive, and the one before PyTorch 1.6."""
 
 import io
-import os
 import struct
 import zipfile
 from collections.abc import Callable
@@ -103,13 +102,12 @@ def _open_legacy(file: BinaryIO) -> TorchFile:
         raise CheckpointError("its list of storages is damaged")
     if sorted(keys) != sorted(storages):
         raise CheckpointError("its list of storages is not that of its tensors")
-    place, end = head.tell(), file.seek(0, os.SEEK_END)
-    places = {}
+    place, places = head.tell(), {}
     for key in keys:
         file.seek(place)
         count = file.read(8)
         places[key] = place + 8
         place += 8 + storages[key].n_items * ITEM_SIZE[storages[key].kind]
-        if place > end or struct.unpack("<q", count) != (storages[key].n_items,):
-            raise CheckpointError(f"its storage {key!r:.60} is cut off or of another size")
+        if struct.unpack("<q", count) != (storages[key].n_items,):
+            raise CheckpointError(f"its storage {key!r:.60} is of another size")
     return TorchFile("legacy", data, lambda storage: (places[storage.key], None))

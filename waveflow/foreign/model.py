@@ -13,7 +13,8 @@ _MARK = "upsample.weight"
 _COMPILED = "_orig_mod."
 # If a file holds several models, the one under the first of these keys is taken.
 _KEYS = ("model", "state_dict", "model_state_dict", "waveglow", "generator", "net")
-_MAX_DEPTH, _MAX_NAME = 32, 256
+# A limit of depth as well: every level adds to the name.
+_MAX_NAME = 256
 
 
 def model_names(names: Iterable[str]) -> tuple[str, dict[str, str]]:
@@ -74,15 +75,13 @@ def find_model(root: object) -> tuple[dict[str, object], dict[str, TensorRef]]:
     return facts, {own: tensors[name] for own, name in names.items()}
 
 
-def _walk(
-    value: object, name: str, seen: set[int], depth: int = 0
-) -> Iterator[tuple[str, TensorRef | Record]]:
+def _walk(value: object, name: str, seen: set[int]) -> Iterator[tuple[str, TensorRef | Record]]:
     """Yields tensors by the names that state dicts give them, and objects, with a dot behind.
 
     Of the attributes of modules only those count that state dicts hold: old weight norm keeps a
     stale `weight` beside them, and the published synthesis an inverse.
     """
-    if len(name) > _MAX_NAME or depth > _MAX_DEPTH or id(value) in seen:
+    if len(name) > _MAX_NAME or id(value) in seen:
         return
     if isinstance(value, TensorRef):
         yield name, value
@@ -91,9 +90,9 @@ def _walk(
         if value.kind is not None:
             yield name, value
         for key, child in value.items.items():
-            yield from _walk(child, f"{name}{key}.", seen, depth + 1)
+            yield from _walk(child, f"{name}{key}.", seen)
         for group in ("_parameters", "_buffers", "_modules"):
-            yield from _walk(value.state.get(group), name, seen, depth + 1)
+            yield from _walk(value.state.get(group), name, seen)
 
 
 def _lineage(module: Record | None, config: object) -> str | None:

@@ -132,7 +132,7 @@ def _describe(file: BinaryIO, max_cpu_seconds: int, max_memory: int) -> bytes:
         words = done.stderr.decode(errors="replace")
         words = " ".join("".join(c if c.isprintable() else " " for c in words).split())
         if done.returncode == READ_FAILED:
-            raise CheckpointError(words[:500])
+            raise CheckpointError(words)
         if done.returncode < 0 or done.returncode == OUT_OF_MEMORY:
             raise CheckpointError(
                 f"refused, because reading it takes more than {max_cpu_seconds} s or "
