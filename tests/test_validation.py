@@ -33,7 +33,7 @@ from waveflow.data.cache import TrainingCache
 from waveflow.distributions import standard_normal_log_prob
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
-from waveflow.training import loop
+from waveflow.training import loop, validation
 from waveflow.training.log import WANDB_SWITCH, MetricsLog, mel_picture
 from waveflow.training.loop import Trainer
 from waveflow.training.validation import (
@@ -144,15 +144,19 @@ def test_validation_says_where_the_likelihood_comes_from(cache: TrainingCache) -
     assert result.speech.dim() == 1
 
 
-def test_validation_is_the_likelihood_of_each_clip_and_of_a_draw(cache: TrainingCache) -> None:
-    """Means over audio samples, of audio with the noise of its own seed."""
-    flow, spectrogram = perturbed(MODEL), MelSpectrogram(MEL)
-    result = validated(flow, cache)
+@pytest.mark.parametrize("padding", ["hop", "center"])
+def test_validation_is_the_likelihood_of_each_clip_and_of_a_draw(
+    cache: TrainingCache, padding: str
+) -> None:
+    """Means over audio samples, of audio with the noise of its own seed, and of whole hops."""
+    flow = perturbed(MODEL)
+    spectrogram = MelSpectrogram(MEL.model_copy(update={"padding": padding}))
+    result = validate(flow, cache, spectrogram, CPU)
     speech_sum = draw_sum = n_samples = 0.0
     for index, (clip, samples, given) in enumerate(cache.val_clips()):
         assert given is None
         audio = dequantise(samples, index)[None, : clip.frames * HOP]
-        mel = spectrogram(audio)
+        mel = spectrogram(audio)[..., : clip.frames]
         draw = flow.sample(mel, seed=0)
         with torch.no_grad():
             speech_sum += flow(audio, mel).item() * audio.shape[1]
@@ -178,6 +182,23 @@ def test_tables_of_several_processes_add_up_exactly(cache: TrainingCache) -> Non
     assert whole.log_likelihood == pytest.approx(
         (scores[:, 1].sum() / scores[:, 0].sum()).item(), rel=1e-12
     )
+
+
+def test_each_process_scores_its_own_clips(
+    cache: TrainingCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow, spectrogram = perturbed(MODEL), MelSpectrogram(MEL)
+    whole, _, _ = score_clips(flow, cache, spectrogram, CPU)
+    monkeypatch.setattr(validation, "world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(validation, "rank", lambda rank=rank: rank)
+        shares.append(score_clips(flow, cache, spectrogram, CPU)[0])
+    assert [[bool(row.any()) for row in share] for share in shares] == [
+        [True, False, True],
+        [False, True, False],
+    ]
+    assert torch.equal(shares[0] + shares[1], whole)
 
 
 def test_the_interval_of_equal_clips_is_that_of_a_mean() -> None:
