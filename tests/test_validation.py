@@ -35,7 +35,7 @@ from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.training import loop, validation
 from waveflow.training.log import WANDB_SWITCH, MetricsLog, mel_picture
-from waveflow.training.loop import Trainer
+from waveflow.training.loop import Progress, Trainer
 from waveflow.training.validation import (
     Validation,
     _interval,
@@ -285,6 +285,27 @@ def test_tensorboard_has_curves_sounds_and_pictures(
     } <= set(events["scalars"])
 
 
+def test_curves_of_a_killed_run_go_on_where_it_is_taken_up(
+    cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step once: those after the last checkpoint are drawn anew, its own stays."""
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = recipe(steps=5, checkpoint_every=2, validate_every=2, **PLAIN)
+
+    def kill(progress: Progress) -> None:
+        if progress.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(settings, cache, tmp_path / "run").run(report=kill)
+    Trainer(settings, cache, tmp_path / "run", resume=True).run()
+    events = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
+    steps = [event.step for event in events.Scalars("train/learning_rate")]
+    assert steps == [1, 2, 3, 4, 5]
+    assert [event.step for event in events.Scalars("z/mean")] == [2, 4, 5]
+
+
 def test_pictures_show_low_bands_below_and_loud_as_white() -> None:
     mel = torch.full((20, 30), -11.5)
     mel[0] = 2.0
@@ -359,6 +380,7 @@ def test_weights_and_biases_gets_the_run_and_goes_on_with_it(
     assert all("step" in values for values in stand_in.logged)
     [sound, _] = [values["draw"] for values in stand_in.logged if "draw" in values]
     assert sound[1] == RATE
+    assert sum("speech" in values for values in stand_in.logged) == 1
 
 
 def test_weights_and_biases_is_off_and_optional(
