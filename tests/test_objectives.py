@@ -451,6 +451,14 @@ def test_parts_give_the_loss_and_the_gradient_of_the_whole(n_parts: int, which: 
     assert whole.norm() > 0
 
 
+def test_the_pitch_heads_loss_is_a_mean_over_voiced_frames() -> None:
+    flow, batch = perturbed().train(), unequal_items()
+    loss = phases(flow, recipe(), CPU)[0].loss(batch)
+    expected = flow.conditioner.pitch_loss(batch.mel, batch.f0)
+    torch.testing.assert_close(loss.value, expected)
+    torch.testing.assert_close(loss.terms["pitch_loss"], expected)
+
+
 def test_a_mean_over_the_step_is_computed_once_and_over_all_processes() -> None:
     """Process 0 has 2 of 5 items, in two parts."""
     calls: list[int] = []

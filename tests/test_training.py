@@ -274,6 +274,21 @@ def test_the_recipe_reaches_the_batch(cache: TrainingCache, tmp_path: Path) -> N
     torch.testing.assert_close(quiet._batch().audio, 0.5 * batch.audio)
     assert (batch.step, batch.share) == (3, Share(0, 2, 2))
     assert batch.audio.shape == (2, 32 * HOP)
+    # The audio is that of the mel, of which the frames at the ends also see its surroundings.
+    own = loud.spectrogram(batch.audio)
+    torch.testing.assert_close(own[..., 4:-4], batch.mel[..., 4:-4])
+    assert not torch.allclose(own[..., 0], batch.mel[..., 0])
+
+
+def test_the_mel_range_is_that_of_the_training_clips(cache: TrainingCache) -> None:
+    mels = [
+        MelSpectrogram(MEL)(torch.from_numpy(cache.audio(clip) / 32768).float())
+        for clip in cache.clips("train")
+    ]
+    whole = torch.cat(mels, 1)
+    low, high = map(torch.tensor, cache.mel_range(MEL))
+    torch.testing.assert_close(low, whole.amin(1))
+    torch.testing.assert_close(high, whole.amax(1))
 
 
 def test_random_numbers_differ_by_seed_and_step(cache: TrainingCache, tmp_path: Path) -> None:

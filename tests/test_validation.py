@@ -33,9 +33,9 @@ from waveflow.data.cache import TrainingCache
 from waveflow.distributions import standard_normal_log_prob
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
-from waveflow.training import loop
+from waveflow.training import loop, validation
 from waveflow.training.log import WANDB_SWITCH, MetricsLog, mel_picture
-from waveflow.training.loop import Trainer
+from waveflow.training.loop import Progress, Trainer
 from waveflow.training.validation import (
     Validation,
     _interval,
@@ -144,15 +144,19 @@ def test_validation_says_where_the_likelihood_comes_from(cache: TrainingCache) -
     assert result.speech.dim() == 1
 
 
-def test_validation_is_the_likelihood_of_each_clip_and_of_a_draw(cache: TrainingCache) -> None:
-    """Means over audio samples, of audio with the noise of its own seed."""
-    flow, spectrogram = perturbed(MODEL), MelSpectrogram(MEL)
-    result = validated(flow, cache)
+@pytest.mark.parametrize("padding", ["hop", "center"])
+def test_validation_is_the_likelihood_of_each_clip_and_of_a_draw(
+    cache: TrainingCache, padding: str
+) -> None:
+    """Means over audio samples, of audio with the noise of its own seed, and of whole hops."""
+    flow = perturbed(MODEL)
+    spectrogram = MelSpectrogram(MEL.model_copy(update={"padding": padding}))
+    result = validate(flow, cache, spectrogram, CPU)
     speech_sum = draw_sum = n_samples = 0.0
     for index, (clip, samples, given) in enumerate(cache.val_clips()):
         assert given is None
         audio = dequantise(samples, index)[None, : clip.frames * HOP]
-        mel = spectrogram(audio)
+        mel = spectrogram(audio)[..., : clip.frames]
         draw = flow.sample(mel, seed=0)
         with torch.no_grad():
             speech_sum += flow(audio, mel).item() * audio.shape[1]
@@ -178,6 +182,23 @@ def test_tables_of_several_processes_add_up_exactly(cache: TrainingCache) -> Non
     assert whole.log_likelihood == pytest.approx(
         (scores[:, 1].sum() / scores[:, 0].sum()).item(), rel=1e-12
     )
+
+
+def test_each_process_scores_its_own_clips(
+    cache: TrainingCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow, spectrogram = perturbed(MODEL), MelSpectrogram(MEL)
+    whole, _, _ = score_clips(flow, cache, spectrogram, CPU)
+    monkeypatch.setattr(validation, "world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(validation, "rank", lambda rank=rank: rank)
+        shares.append(score_clips(flow, cache, spectrogram, CPU)[0])
+    assert [[bool(row.any()) for row in share] for share in shares] == [
+        [True, False, True],
+        [False, True, False],
+    ]
+    assert torch.equal(shares[0] + shares[1], whole)
 
 
 def test_the_interval_of_equal_clips_is_that_of_a_mean() -> None:
@@ -264,6 +285,27 @@ def test_tensorboard_has_curves_sounds_and_pictures(
     } <= set(events["scalars"])
 
 
+def test_curves_of_a_killed_run_go_on_where_it_is_taken_up(
+    cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step once: those after the last checkpoint are drawn anew, its own stays."""
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = recipe(steps=5, checkpoint_every=2, validate_every=2, **PLAIN)
+
+    def kill(progress: Progress) -> None:
+        if progress.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(settings, cache, tmp_path / "run").run(report=kill)
+    Trainer(settings, cache, tmp_path / "run", resume=True).run()
+    events = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
+    steps = [event.step for event in events.Scalars("train/learning_rate")]
+    assert steps == [1, 2, 3, 4, 5]
+    assert [event.step for event in events.Scalars("z/mean")] == [2, 4, 5]
+
+
 def test_pictures_show_low_bands_below_and_loud_as_white() -> None:
     mel = torch.full((20, 30), -11.5)
     mel[0] = 2.0
@@ -338,6 +380,7 @@ def test_weights_and_biases_gets_the_run_and_goes_on_with_it(
     assert all("step" in values for values in stand_in.logged)
     [sound, _] = [values["draw"] for values in stand_in.logged if "draw" in values]
     assert sound[1] == RATE
+    assert sum("speech" in values for values in stand_in.logged) == 1
 
 
 def test_weights_and_biases_is_off_and_optional(

@@ -142,7 +142,7 @@ def _tensorboard(out: Path, step: int) -> Board | None:
     except ImportError:
         return None
     # Drops the curves of steps that a killed run made after its last checkpoint.
-    return _TensorBoard(SummaryWriter(str(out), purge_step=step))
+    return _TensorBoard(SummaryWriter(str(out), purge_step=step + 1))
 
 
 class _WandbBoard:
