@@ -135,7 +135,8 @@ class _Dependence:
             whole = torch.autograd.functional.jacobian(
                 lambda v, of=of_given: of(v)[item, :, : self.n_valid],
                 given,
-            )
+                vectorize=True,
+            ).clone()  # parts of it may share memory
             own = whole[:, :, item].clone()
             whole[:, :, item] = 0
             if whole.any():
