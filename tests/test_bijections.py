@@ -571,6 +571,8 @@ def test_contexts_add_up_through_chains_and_squeezes() -> None:
     assert (whole.factor, whole.block) == (1, 8)
     assert Chain(LappedSqueeze(6), step(3)).inverse_context == (12, 12)
     assert Inverse(Chain(Squeeze(4), step(3))).context == (1, 1)
+    mapped = MapCond(step(3), nn.Conv1d(4, 4, 5, padding=2))
+    assert mapped.context == mapped.inverse_context == (3, 3)
     unbounded = Coupling(nn.GroupNorm(1, 2), Affine(), Halves())
     assert Chain(Squeeze(2), step(3), unbounded).context == (math.inf, math.inf)
 

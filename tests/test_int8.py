@@ -1,9 +1,10 @@
 """int8: as near to float32 as its bits allow, for any length and batch, and clear refusals."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -12,15 +13,23 @@ from torch import Tensor, nn
 
 from waveflow.audio.mel import MelConfig
 from waveflow.bijections import Affine, Chain, Coupling, Halves, InvertibleConv1x1, Squeeze
+from waveflow.context import Context
 from waveflow.decoding import IntegerKit, NotInIntegers
 from waveflow.engine.fast import int8
-from waveflow.engine.fast.int8 import Int8Decoder, _input_peaks, int8_decoder, speech_like_mel
+from waveflow.engine.fast.int8 import (
+    Int8Decoder,
+    Int8Kit,
+    _input_peaks,
+    int8_decoder,
+    speech_like_mel,
+)
 from waveflow.engine.fast.int8_graph import WEIGHT_7_BITS, WEIGHT_8_BITS, RowGraph, largest_weight
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.metrics.spectral import signal_to_noise_db
 from waveflow.models.frameglow import FrameGlowConfig, frameglow
 from waveflow.models.waveglow import WaveGlowConfig, waveglow
+from waveflow.nn.frame import GatedLayer, GatedStack
 from waveflow.nn.wavenet import WaveNet
 
 pytest.importorskip("openvino", reason="int8 needs the package openvino")
@@ -125,6 +134,114 @@ def test_the_probe_chooses(most: float, largest: int, monkeypatch: pytest.Monkey
     assert largest_weight.__wrapped__() == largest
 
 
+def _run(
+    layer: nn.Module,
+    rows: Tensor,
+    peak: Tensor,
+    reach: int = 0,
+    describe: Callable[[RowGraph, Any], Any] | None = None,
+) -> Tensor:
+    """A layer as a graph in blocks of 8 rows; `peak` are the largest inputs."""
+
+    def peak_of(inner: Any) -> Any:
+        return peak.repeat(inner.in_features // len(peak)).numpy()
+
+    graph = RowGraph(8, reach, largest_weight(), peak_of)
+    x = graph.input(rows.shape[1])
+    result = graph.apply(layer, x) if describe is None else describe(graph, x)
+    return graph.compiled(result)(rows)
+
+
+@pytest.mark.parametrize("silent", ["nothing", "input", "column", "row"])
+@torch.no_grad()
+def test_channels_of_unlike_ranges_keep_their_digits(silent: str) -> None:
+    """One channel is 1,000 times as loud with weights as much smaller; others may be silent."""
+    torch.manual_seed(0)
+    rows, layer = torch.randn(24, 16), nn.Linear(16, 16)
+    rows[:, 3] *= 1000
+    layer.weight[:, 3] /= 1000
+    if silent == "input":
+        rows[:, 5] = 0
+    elif silent == "column":
+        layer.weight[:, 5] = 0
+    elif silent == "row":
+        layer.weight[5] = 0
+    result, exact = _run(layer, rows, rows.abs().amax(0)), layer(rows)
+    assert (result - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+@torch.no_grad()
+def test_a_channel_that_was_silent_in_the_calibration_is_clipped_and_finite() -> None:
+    rows, layer = torch.ones(8, 16), nn.Linear(16, 16)
+    peak = torch.ones(16)
+    peak[5] = 0
+    without = layer(rows * peak)
+    torch.testing.assert_close(_run(layer, rows, peak), without, rtol=0, atol=0.05)
+
+
+@torch.no_grad()
+def test_the_loudest_tap_decides_the_scale() -> None:
+    torch.manual_seed(0)
+    rows, layer = torch.rand(24, 4), nn.Linear(12, 4)
+    peaks = torch.cat([torch.full((4,), 0.01), torch.ones(8)])
+    weights = layer.weight.split(4, 1)
+    integers = lambda graph, x: graph.product(  # noqa: E731
+        graph.taps(x, layer, weights, 2), layer.weight, layer.bias
+    )
+    padded = nn.functional.pad(rows, (0, 0, 2, 2))
+    exact = layer(torch.cat([padded[2 * i :][:24] for i in range(3)], 1))
+    result = _run(layer, rows, peaks, 2, integers)
+    torch.testing.assert_close(result, exact, rtol=0, atol=0.03)
+
+
+@torch.no_grad()
+def test_a_norm_has_its_gains() -> None:
+    layer, rows = nn.LayerNorm(8), torch.randn(24, 8)
+    layer.weight.uniform_(0.5, 2)
+    layer.bias.uniform_(-1, 1)
+    torch.testing.assert_close(_run(layer, rows, torch.ones(8)), layer(rows), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_signal_is_late_by_less_and_then_by_more() -> None:
+    rows, layer = torch.randn(24, 4), nn.Linear(4, 4)
+    one = [torch.zeros(4, 4), torch.zeros(4, 4), torch.eye(4)]
+
+    def taken(graph: RowGraph, x: Any) -> Any:
+        h = graph.affine(x, torch.eye(4), torch.zeros(4))
+        for dilation in (1, 3):
+            joined = graph.taps(h, layer, one, dilation)
+            later = graph.product(joined, torch.cat(one, 1), torch.zeros(4))
+            x = graph.add(x, later)
+        return x
+
+    padded = nn.functional.pad(rows, (0, 0, 0, 3))
+    exact = rows + padded[1:25] + padded[3:]
+    result = _run(layer, rows, rows.abs().amax(0), 3, taken)
+    torch.testing.assert_close(result, exact, rtol=0, atol=0.1)
+
+
+@torch.no_grad()
+def test_nothing_enters_from_beyond_the_ends() -> None:
+    """The layers' biases make rows of padding other than zero."""
+    torch.manual_seed(0)
+    stack, rows = GatedStack(4, [1, 2]), torch.randn(11, 4)
+    for layer in stack.layers:
+        cast(GatedLayer, layer).out.bias.fill_(2)
+        cast(GatedLayer, layer).dilated.weight.mul_(3)
+    result = _run(stack, rows, torch.full((4,), 8.0), 3)
+    torch.testing.assert_close(result, stack(rows[None])[0], rtol=0, atol=0.2)
+
+
+def test_what_cannot_run_in_integers() -> None:
+    """A layer without calibration, and a network without a bound."""
+    graph = Int8Kit({}).graph(8, Context(1, 1), 1)
+    with pytest.raises(NotInIntegers):
+        graph.apply(nn.Linear(4, 4), graph.input(4))
+    with pytest.raises(NotInIntegers):
+        Int8Kit({}).graph(8, Context(math.inf, 0), 1)
+
+
 @pytest.mark.parametrize("n_frames", [1, 2, 64, 65, 200])
 @torch.inference_mode()
 def test_it_is_decode_to_8_bits(pair: Pair, n_frames: int) -> None:
@@ -174,6 +291,9 @@ def test_the_phase_of_the_source_arrives() -> None:
         shifted = flow.decode(z, mel, None, start)
     assert signal_to_noise_db(shifted, decode(z, mel, None, start)) > 25
     assert signal_to_noise_db(shifted, decode(z, mel)) < 20
+    both = decode(z.repeat(2, 1, 1), mel.repeat(2, 1, 1), None, torch.cat([2 * start, start]))
+    alone = [decode(z, mel, None, phase) for phase in (2 * start, start)]
+    assert torch.equal(both, torch.cat(alone))
 
 
 def test_the_same_again_and_the_flow_is_left_alone(small: Pair) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from waveflow.audio.mel import MEL_PRESETS
 from waveflow.bijections import Affine, Reverse, Squeeze
+from waveflow.engine.decoder import make_decoder
 from waveflow.engine.fast import product
-from waveflow.engine.fast.low_rank import Steering
+from waveflow.engine.fast.low_rank import Steering, _factors
 from waveflow.engine.fast.product import Product
 from waveflow.engine.fast.rows import RowsWaveGlow, rows_of
 from waveflow.errors import ConfigError
@@ -149,6 +150,28 @@ def test_bfloat16() -> None:
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_HAS_ONEDNN", False)
     assert not product.onednn_pays.__wrapped__(torch.float32, 1)
+
+
+def test_without_onednn_torchs_own_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_HAS_ONEDNN", False)
+    monkeypatch.setattr(product, "_shortest", lambda *_: [1.0, 2.0])
+    assert not product.onednn_pays.__wrapped__(torch.float32, 1)
+
+
+def test_small_singular_values_are_kept() -> None:
+    """What is left out must not be heard at 100 dB."""
+    torch.manual_seed(0)
+    left, right = torch.linalg.qr(torch.randn(2, 6, 6, dtype=torch.float64))[0]
+    matrix = left @ torch.diag(torch.tensor([1, 0.5, 1e-2, 1e-5, 0, 0]).double()) @ right
+    first, second = _factors(matrix)
+    assert first.shape == (6, 4)
+    assert (first @ second - matrix).abs().max() < 1e-9
+
+
+def test_a_waveglow_is_run_in_rows_on_a_cpu() -> None:
+    flow = waveglow(WaveGlowConfig(n_flows=1, n_layers=1, hidden_channels=8)).eval()
+    assert isinstance(make_decoder(flow), RowsWaveGlow)
+    assert isinstance(make_decoder(flow, "bfloat16"), RowsWaveGlow)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["oneDNN", "torch's own"])
