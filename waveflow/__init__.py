@@ -8,6 +8,7 @@ Names are loaded when they are used, so that `import waveflow` pulls in neither 
 anything else that is heavy.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from waveflow.pretrained import list_models
 
 __version__ = "0.1.0"
+
+# oneDNN keeps what it has compiled for a length, half a megabyte for each layer, of 1,024 layers in
+# every thread. A server that meets new lengths for ever would fill them all. FrameGlow takes 9 and
+# 19 entries of the two caches for a length. torch reads both variables once, at its first product.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 _WHERE = {
     "Conditioner": "waveflow.flow",

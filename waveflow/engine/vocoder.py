@@ -4,6 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -447,6 +448,20 @@ def load(
         CheckpointError: unknown, missing or damaged.
         ConfigError: this machine or installation lacks the device or the precision.
     """
+    # A pool of OpenMP belongs to the thread that starts it and ends with it. One that is left in
+    # the caller's thread would hang every process that a server forks from this one.
+    with ThreadPoolExecutor(1) as loader:
+        vocoder = loader.submit(_loaded, model, verify, precision, compile).result()
+    return vocoder if str(device) == "cpu" else vocoder.to(device)
+
+
+def _loaded(
+    model: str | Path | None,
+    verify: bool,
+    precision: Precision | Literal["auto"],
+    compile: bool,
+) -> Vocoder:
+    """The vocoder on the CPU."""
     folder = model_folder(model)
     config, flow = load_checkpoint(folder, verify)
     if precision not in (*get_args(Precision), "auto"):
@@ -454,7 +469,7 @@ def load(
         raise ConfigError(f"precision {precision!r} is none of {names}")
     mel = _calibration_mel(folder, config.mel) if precision in ("auto", "int8") else None
     decoder_of = partial(_decoder_of, wish=precision, mel=mel, compile=compile)
-    return Vocoder(config, flow, decoder_of, folder).to(device)
+    return Vocoder(config, flow, decoder_of, folder)
 
 
 def _decoder_of(
