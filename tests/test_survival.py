@@ -504,8 +504,8 @@ def test_sigterm_stops_all_workers_at_one_step(
 
 
 @pytest.mark.slow
-def test_the_survival_recipe() -> None:
-    process = start(str(ROOT / "recipes" / "survival.py"), "--kills", "5")
+def test_the_survival_script() -> None:
+    process = start(str(ROOT / "tests" / "stress" / "survival.py"), "--kills", "5")
     printed, errors = process.communicate()
     assert process.returncode == 0, printed + errors
     assert printed.startswith("5 kills in ")

@@ -1,57 +1,32 @@
 """Kills a training at random moments, again and again, and counts what is lost.
 
-    python recipes/survival.py --kills 200
+    python tests/stress/survival.py --kills 200
 
 A tiny model learns a made-up voice and saves at every step. SIGKILL ends it while it loads,
 trains, validates or saves. After each kill all checkpoints in the run's folder must be whole, none
 may be lost, and the run must resume. A run that reaches its end must have, bit for bit, the weights
 of a run that was never killed. Then the next run begins.
-
-The children are forked from a process that has loaded all modules, so this needs a POSIX system.
 """
 
 import argparse
-import contextlib
 import os
 import random
 import signal
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import soundfile
+from material import RECIPE, child, forked, load_all, make_corpus, wait
 
 from waveflow.checkpoint import read_files, resolve_run, run_checkpoints
-from waveflow.cli.main import main as waveflow
 from waveflow.data.cache import TrainingCache
 from waveflow.errors import CheckpointError
 from waveflow.training.config import read_recipe
 from waveflow.training.loop import Trainer
 from waveflow.training.run_folder import TRAINING
 
-RATE = 22050
 # The longest time that a child has, as a part of the time of a whole run.
 LONGEST = 0.5
-
-RECIPE = """
-mel = "hifigan"
-[model]
-type = "frameglow"
-n_flows = 1
-hidden_channels = 8
-dilations = [1]
-encoder_channels = 8
-encoder_layers = 1
-[train]
-steps = 60
-batch_size = 2
-segment_frames = 16
-pitch_steps = 5
-checkpoint_every = 1
-validate_every = 4
-"""
 
 
 def main() -> None:
@@ -60,8 +35,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    with contextlib.suppress(ImportError):
-        import torch.utils.tensorboard  # noqa: F401 - once, and not in every child
+    load_all()
     with tempfile.TemporaryDirectory() as scratch:
         raise SystemExit(0 if survives(Path(scratch), args.kills, args.seed) else 1)
 
@@ -122,39 +96,6 @@ def survives(scratch: Path, n_kills: int, seed: int) -> bool:
     return not problems
 
 
-def make_corpus(folder: Path) -> None:
-    """Four half-second clips of a buzz that glides."""
-    folder.mkdir()
-    seconds = np.arange(RATE // 2) / RATE
-    for clip in range(4):
-        phase = 2 * np.pi * (100 + 20 * clip + 40 * seconds) * seconds
-        buzz = sum(np.sin(k * phase) / k for k in range(1, 20))
-        soundfile.write(folder / f"clip{clip}.wav", 0.15 * buzz, RATE)
-
-
-def forked(action: Callable[[], int]) -> int:
-    """Starts a child that does something in silence; returns its process number.
-
-    The result of the action is the child's exit status.
-    """
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, 1)
-            os.dup2(silence, 2)
-            status = action()
-        finally:
-            os._exit(status)
-    return process
-
-
-def child(*arguments: object) -> int:
-    """A child that runs `waveflow` with these arguments."""
-    return forked(lambda: waveflow([str(argument) for argument in arguments]))
-
-
 def checking_child(recipe: Path, cache: Path, run: Path, newest: str) -> int:
     """A child that resumes the run; it fails if it does not start from the newest checkpoint."""
 
@@ -163,11 +104,6 @@ def checking_child(recipe: Path, cache: Path, run: Path, newest: str) -> int:
         return int(trainer.step != int(newest.removeprefix("step-") or 0))
 
     return forked(check)
-
-
-def wait(process: int) -> int:
-    """The exit status of a child, or its signal as a negative number."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def check(run: Path) -> tuple[list[str], list[str]]:

@@ -1,0 +1,134 @@
+"""What the scripts of this folder share: small files of every kind, and forked commands.
+
+A child is forked from a process that has loaded all modules, so it starts at once. This needs a
+POSIX system.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from waveflow.checkpoint import resolve_run
+from waveflow.cli.main import main as waveflow
+
+RATE = 22050
+PUBLISHED = Path(__file__).parent.parent / "fixtures" / "nvidia-waveglow-legacy" / "waveglow_4000"
+
+RECIPE = """
+mel = "hifigan"
+[model]
+type = "frameglow"
+n_flows = 1
+hidden_channels = 8
+dilations = [1]
+encoder_channels = 8
+encoder_layers = 1
+[train]
+steps = 60
+batch_size = 2
+segment_frames = 16
+pitch_steps = 5
+checkpoint_every = 1
+validate_every = 4
+"""
+
+
+def load_all() -> None:
+    """Imports what a command would import late, so that no child waits for it or half does it."""
+    with contextlib.suppress(ImportError):
+        import pyworld  # noqa: F401
+        import torch._dynamo
+        import torch.utils.tensorboard  # noqa: F401
+
+
+def make_material(folder: Path) -> None:
+    """A corpus, its archive, a cache, a recipe, a run of six steps, its model, a mel, a pickle."""
+    folder.mkdir()
+    make_corpus(folder / "corpus")
+    shutil.copy(PUBLISHED, folder / "published.pt")
+    for form in ("tar", "gztar", "zip"):
+        shutil.make_archive(str(folder / "corpus"), form, folder, "corpus")
+    (folder / "recipe.toml").write_text(RECIPE.replace("steps = 60", "steps = 6"))
+    run(folder, "prepare", "corpus", "-o", "cache", "--workers", 1)
+    run(folder, "train", "recipe.toml", "--data", "cache", "--out", "run")
+    shutil.copytree(resolve_run(folder / "run", "last"), folder / "model")
+    samples, _ = soundfile.read(folder / "corpus" / "clip0.wav")
+    for suffix in ("wav", "flac", "ogg"):
+        soundfile.write(folder / f"in.{suffix}", samples, RATE)
+    run(folder, "mel", "in.wav", "-o", "mel.npy")
+    mel = np.load(folder / "mel.npy")
+    np.savez(folder / "mel.npz", mel=mel)
+    import torch
+
+    torch.save(torch.from_numpy(mel), folder / "mel.pt")
+
+
+def make_corpus(folder: Path) -> None:
+    """Four half-second clips of a buzz that glides."""
+    folder.mkdir()
+    seconds = np.arange(RATE // 2) / RATE
+    for clip in range(4):
+        phase = 2 * np.pi * (100 + 20 * clip + 40 * seconds) * seconds
+        buzz = sum(np.sin(k * phase) / k for k in range(1, 20))
+        soundfile.write(folder / f"clip{clip}.wav", 0.15 * buzz, RATE)
+
+
+def run(folder: Path, *arguments: object) -> None:
+    """Runs `waveflow` in a child in this folder; it must succeed."""
+    status, printed = wait(child(*arguments, folder=folder, log=folder / "log"), folder / "log")
+    if status:
+        raise SystemExit(f"waveflow {arguments}: status {status}: {printed}")
+
+
+def forked(action: Callable[[], int], log: Path | None = None) -> int:
+    """Starts a child that prints into a log or nowhere; returns its process number.
+
+    The result of the action is the child's exit status.
+    """
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            out = os.open(log or os.devnull, flags)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            status = action()
+        finally:
+            os._exit(status)
+    return process
+
+
+def child(*arguments: object, folder: Path | None = None, log: Path | None = None) -> int:
+    """A child that runs `waveflow` with these arguments, in a folder."""
+
+    def command() -> int:
+        if folder is not None:
+            os.chdir(folder)
+        return waveflow([str(argument) for argument in arguments])
+
+    return forked(command, log)
+
+
+def wait(process: int, log: Path | None = None) -> Any:
+    """The exit status of a child, or its signal as a negative number; and its log, if given."""
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return status if log is None else (status, log.read_text(errors="replace"))
+
+
+def show(rows: list[tuple[object, ...]]) -> None:
+    """A table with its columns in line."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths, strict=True)))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
