@@ -54,3 +54,16 @@ def test_a_load_leaves_no_threads(tiny_model: Path, precision: str) -> None:
     finally:
         torch.set_num_threads(threads)
     assert added == [set()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+@pytest.mark.parametrize("products", [[], ["--onednn"]])
+def test_a_long_life(products: list[str]) -> None:
+    script = ROOT / "tests" / "stress" / "long_life.py"
+    life = ["--lengths", "150", "--seconds", "2", "--threads", "4", *products]
+    environment = {k: v for k, v in os.environ.items() if k not in CAPS} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script, *life], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

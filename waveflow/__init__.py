@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# oneDNN keeps what it has compiled for a length, half a megabyte for each layer, of 1,024 layers in
-# every thread. A server that meets new lengths for ever would fill them all. FrameGlow takes 9 and
-# 19 entries of the two caches for a length. torch reads both variables once, at its first product.
+# oneDNN compiles for each length of a mel, and torch and oneDNN keep 1,024 of these products each,
+# half a megabyte apiece: a server that meets new lengths would fill both. FrameGlow takes 9 and 19
+# entries for a length. Both variables are read once, at the first product.
 os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 

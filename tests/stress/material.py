@@ -5,10 +5,13 @@ POSIX system.
 """
 
 import contextlib
-import json
+import hashlib
 import os
+import re
+import resource
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ from waveflow.cli.main import main as waveflow
 
 RATE = 22050
 PUBLISHED = Path(__file__).parent.parent / "fixtures" / "nvidia-waveglow-legacy" / "waveglow_4000"
+
+# Events and clock times differ from run to run.
+DIFFER = (".csv", ".json", ".waveflow-archive")
 
 RECIPE = """
 mel = "hifigan"
@@ -101,20 +107,34 @@ def forked(action: Callable[[], int], log: Path | None = None) -> int:
             os.dup2(out, 1)
             os.dup2(out, 2)
             status = action()
+        except KeyboardInterrupt:
+            status = 130  # before the command was ready for one
         finally:
             os._exit(status)
     return process
 
 
-def child(*arguments: object, folder: Path | None = None, log: Path | None = None) -> int:
-    """A child that runs `waveflow` with these arguments, in a folder."""
+def child(
+    *arguments: object, folder: Path | None = None, log: Path | None = None, limit: int = 0
+) -> int:
+    """A child that runs `waveflow` with these arguments, in a folder.
+
+    With a limit its files have so many bytes at most.
+    """
 
     def command() -> int:
         if folder is not None:
             os.chdir(folder)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         return waveflow([str(argument) for argument in arguments])
 
     return forked(command, log)
+
+
+def log_of(folder: Path, suffix: str = ".log") -> Path:
+    """Where a command prints that works in this folder: beside it."""
+    return folder.with_name(folder.name + suffix)
 
 
 def wait(process: int, log: Path | None = None) -> Any:
@@ -123,12 +143,46 @@ def wait(process: int, log: Path | None = None) -> Any:
     return status if log is None else (status, log.read_text(errors="replace"))
 
 
+def tree(folder: Path) -> dict[str, str]:
+    """The digests of all files, or "" where two good runs may differ; folders end with /."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if "events.out.tfevents" in name:
+            continue
+        if path.is_dir():
+            found[name + "/"] = ""
+        else:
+            same = not name.endswith(DIFFER)
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if same else ""
+    return found
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator:  # type: ignore[type-arg]
+    """Mounts a tmpfs over a folder; gives a function that sizes it, or says that it cannot."""
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+
+    def resize(n_bytes: int) -> bool:
+        size = ["mount", "-o", f"remount,size={n_bytes}", str(folder)]
+        return mounted and subprocess.run(size, capture_output=True).returncode == 0
+
+    try:
+        yield resize
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def last(said: str) -> str:
+    """The last line that was printed, without what is different each time."""
+    line = (said.strip().splitlines() or [""])[-1]
+    return re.sub(r"/\S+/|[0-9a-f]{12,}|\d+", "#", line)[:200]
+
+
 def show(rows: list[tuple[object, ...]]) -> None:
     """A table with its columns in line."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths, strict=True)))
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_bytes())
