@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from waveflow.model_files import manifest_bytes
+
 ODD = [-1, 0, 1, 7, 2**31, 2**63, 10**9, 1e308, 1e-320, float("nan"), float("inf"), True, None,
        "", "../x", "/dev/zero", "\x1b[31m", "x" * 5000, [], {}, [[]],
        [1] * 3000, {"type": "x"}]  # fmt: skip
@@ -150,4 +152,6 @@ def change(kind: str, path: Path, rng: random.Random) -> None:
     if kind in ("checkpoint", "run", "cache") and manifest.is_file() and manifest != path:
         content = json.loads(manifest.read_bytes())
         content["sha256"][path.name] = hashlib.sha256(data).hexdigest()
-        manifest.write_text(json.dumps(content))
+        cache = kind == "cache"
+        new = json.dumps(content).encode() if cache else manifest_bytes(content["sha256"])
+        manifest.write_bytes(new)
