@@ -1,6 +1,6 @@
 """Settings of mel spectrograms. Nothing here imports torch, so commands can read them at once."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -31,7 +31,7 @@ class MelConfig(BaseModel):
     win_length: int = Field(default=1024, gt=0)
     n_mels: int = Field(default=80, gt=0)
     f_min: float = Field(default=0.0, ge=0, description="Hz, lower edge of the lowest band")
-    f_max: float | None = Field(
+    f_max: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
         default=8000.0, description="Hz, upper edge of the highest; None: Nyquist"
     )
     padding: Padding = Field(default="hop", description="Framing, see waveflow.audio.stft")
@@ -40,9 +40,12 @@ class MelConfig(BaseModel):
     norm: Literal["slaney"] | None = "slaney"
     power: Literal[1, 2] = 1
     magnitude_floor: float = Field(
-        default=0.0, ge=0, description="Added to |STFT|^2, under the root"
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Added to |STFT|^2, under the root",
     )
-    log_floor: float = Field(default=1e-5, gt=0)
+    log_floor: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
