@@ -18,6 +18,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from waveflow.errors import CheckpointError
+from waveflow.files import temporary_folder
 from waveflow.flow import Flow
 from waveflow.model_files import CONFIG, MANIFEST, WEIGHTS, ModelCard, first_problem
 from waveflow.model_files import EXAMPLE as EXAMPLE
@@ -61,21 +62,16 @@ def save_checkpoint(
     }
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files[MANIFEST] = manifest_bytes(hashes)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
-        for name, data in files.items():
-            with open(temporary / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        _exchange(temporary, folder, old)
+        with temporary_folder(folder) as temporary:
+            for name, data in files.items():
+                with open(temporary / name, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            _exchange(temporary, folder, folder.with_name(f".{folder.name}.old"))
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoint {folder}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _exchange(new: Path, folder: Path, old: Path) -> None:

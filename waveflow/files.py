@@ -1,30 +1,223 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, outputs that are links or pipes, and locks."""
 
+import errno
+import hashlib
 import os
+import re
+import shutil
+import socket
+import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
+
+from waveflow.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody is kept out
+    fcntl = None  # type: ignore[assignment]
+
+_HOLDER = re.compile(r"process \d+ on [\w.-]+ since [\d-]+ [\d:]+")
+# What the system says where a file system has no locks,
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+# and of a temporary name that is a link, a folder or somebody else's file.
+_TAKEN = {errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EEXIST}
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], suffix: str | None = None) -> Iterator[Path]:
     """Gives a temporary path beside `path` that replaces it on success and vanishes on failure.
 
     A reader of `path` sees the old file or the whole new one, never a part, even after a crash of
-    the machine: the file is on the disk before it gets its name.
+    the machine: the file is on the disk before it gets its name. What a killed writer of `path`
+    has left is taken up by the next one.
+
+    Args:
+        path: of the file. A link is replaced, not followed (`output_path` follows it).
+        suffix: of the temporary path, because libraries pick formats by it; None: that of `path`.
 
     Example:
         >>> with atomic_path("out.txt") as temporary:  # doctest: +SKIP
         ...     temporary.write_text("whole or not at all")
     """
     path = Path(path)
-    # Hidden, and with the same suffix: libraries pick formats by it.
-    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
+    suffix = path.suffix if suffix is None else suffix
+    # Of one length, since `path` may have the longest name that there can be.
+    stem = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
+    temporary, held = _temporary(path, stem, suffix)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(held)
+
+
+@contextmanager
+def output_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`atomic_path` for a file that a user has named, which need not be a plain one.
+
+    A link stays, and its target is replaced. A FIFO or a character device gets the bytes when all
+    of them are there; the block ends when a reader has taken them.
+
+    Raises:
+        OSError: also where `path` is a socket or a disk, or leads to itself.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind in (stat.S_IFREG, stat.S_IFDIR):
+        with atomic_path(os.path.realpath(path), path.suffix) as temporary:
+            yield temporary
+    elif kind in (stat.S_IFIFO, stat.S_IFCHR):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, path.name)
+            yield temporary
+            with open(temporary, "rb") as source, open(path, "wb", buffering=0) as stream:
+                shutil.copyfileobj(source, stream)
+    else:
+        raise OSError(errno.EINVAL, "it is neither a file nor a pipe", str(path))
+
+
+def kind_of(path: Path) -> int:
+    """The kind of file (stat.S_IFREG, ...) behind a path and its links; S_IFREG if none is there.
+
+    Raises:
+        OSError: it leads to itself, or through a folder that may not be entered.
+    """
+    try:
+        return stat.S_IFMT(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return stat.S_IFREG
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty folder beside `path`, to be renamed to it. It vanishes if it is not.
+
+    What a killed maker of `path` has left is taken up by the next one.
+    """
+    temporary, held = _temporary(path, path.name, is_folder=True)
+    try:
+        for left in temporary.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        yield temporary
+    finally:
+        # Its name may be the next maker's by now.
+        if _is_at(held, temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
+        os.close(held)
+
+
+@contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Keeps other processes out for the time of the block, by a lock file that names this one.
+
+    The system drops the lock when its holder ends, however it ends; a file that was left by a
+    killed process locks nobody out. Where the file system has no locks, nobody is kept out.
+
+    Args:
+        path: of the lock file; its folder exists. It is removed at the end.
+        what: is locked, in words.
+
+    Raises:
+        ConfigError: another process holds the lock, or the file cannot be written.
+    """
+    try:
+        held = _locked(path)
+        if held is None:
+            holder = _holder(path)
+            raise ConfigError(f"{what} is in use by {holder}: wait until it ends, or stop it")
+        os.ftruncate(held, 0)
+        since = datetime.now().isoformat(" ", "seconds")
+        os.write(held, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
+    except OSError as error:
+        raise ConfigError(f"cannot lock {what}: {path}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(held)
+
+
+def _temporary(
+    path: Path, stem: str, suffix: str = "", is_folder: bool = False
+) -> tuple[Path, int]:
+    """A hidden path beside `path`, made and locked, and the descriptor that holds the lock.
+
+    It is the same one every time, so what a killed process left does not stay. Only where another
+    process or thread is at the same work, the path has a random part.
+    """
+    own = path.with_name(f".{stem}.tmp{suffix}")
+    try:
+        held = _locked(own, is_folder)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        held = None
+    if held is not None:
+        return own, held
+    other = path.with_name(f".{stem}.{uuid.uuid4().hex[:12]}.tmp{suffix}")
+    held = _locked(other, is_folder)
+    assert held is not None, "nobody else knows its name"
+    return other, held
+
+
+def _locked(path: Path, is_folder: bool = False) -> int | None:
+    """Makes a file or folder unless it is there, and locks it; None if somebody else holds it.
+
+    Raises:
+        OSError: it cannot be made, or is a link.
+    """
+    if fcntl is None:
+        path.mkdir(exist_ok=True) if is_folder else path.touch()
+        return os.open(os.devnull, os.O_RDONLY)
+    while True:
+        if is_folder:
+            with suppress(FileExistsError):
+                path.mkdir()
+        flags = os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR | os.O_CREAT
+        held = os.open(path, flags | os.O_NOFOLLOW, 0o666)
+        try:
+            if not is_folder and not stat.S_ISREG(os.fstat(held).st_mode):
+                raise OSError(errno.EEXIST, "it is no plain file", str(path))
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+        except BlockingIOError:
+            os.close(held)
+            return None
+        except OSError:
+            os.close(held)
+            raise
+        # Its last holder may have renamed or removed it between the two calls.
+        if _is_at(held, path):
+            return held
+        os.close(held)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    if fcntl is None:
+        return path.exists()
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, as the file says. It may be anybody's, so other words are not repeated."""
+    with suppress(OSError), open(path, "rb") as file:
+        words = file.read(200).decode(errors="replace")
+        if _HOLDER.fullmatch(words):
+            return words
+    return "another process"

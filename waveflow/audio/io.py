@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 
 from waveflow.errors import AudioError, DataError, MelMismatchError, WaveflowError
-from waveflow.files import atomic_path
+from waveflow.files import output_path
 
 # Formats that libsndfile reads and people keep speech in.
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
@@ -269,13 +269,13 @@ def _existing_file(path: str | os.PathLike[str], error: type[WaveflowError]) -> 
 
 @contextmanager
 def _writing(path: Path, error: type[WaveflowError]) -> Iterator[Path]:
-    """`atomic_path`, with its failures as one line for the user."""
+    """`output_path`, with its failures as one line for the user."""
     if path.is_dir():
         raise error(f"cannot write {path}: it is a folder")
     if not path.parent.is_dir():
         raise error(f"cannot write {path}: there is no folder {path.parent}")
     try:
-        with atomic_path(path) as temporary:
+        with output_path(path) as temporary:
             yield temporary
     except (OSError, soundfile.LibsndfileError) as cause:
         reason = getattr(cause, "strerror", None) or cause

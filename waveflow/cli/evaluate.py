@@ -39,7 +39,7 @@ def evaluate(
     """
     from waveflow.audio.io import AUDIO_SUFFIXES, list_inputs
     from waveflow.data.corpus import select_ids
-    from waveflow.files import atomic_path
+    from waveflow.files import output_path
 
     files = list_inputs(folder, AUDIO_SUFFIXES)
     if ids is not None:
@@ -64,7 +64,7 @@ def evaluate(
     clips = CLIPS.validate_python(merge(shares))
     result = summarise(clips, vocoder.sample_rate, sampling.seed, sampling.sigma)
     if json_file is not None:
-        with atomic_path(json_file) as temporary:
+        with output_path(json_file) as temporary:
             temporary.write_text(result.to_json() + "\n")
     show(f"{result.n_clips} clips, {result.seconds:.0f} s")
     show_table(result.table(), n_left=1)

@@ -167,7 +167,7 @@ def _check_one_to_one(source: Path, inputs: list[str], out_suffix: str) -> None:
 def _check_folders_apart(
     source: Path, inputs: list[str], out: Path, out_suffix: str, force: bool
 ) -> None:
-    """Refuses an output that is an input: both in one folder, or an input that is a link to it."""
+    """Refuses an output that is an input: both in one folder, or one is a link to the other."""
     # Some file systems ignore case.
     present = {name.casefold() for name in inputs} if source.samefile(out) else set()
     if force:  # otherwise existing outputs stay
@@ -175,6 +175,12 @@ def _check_folders_apart(
         paths = (os.path.join(source, name) for name in inputs)
         ends = (os.path.split(os.path.realpath(path)) for path in paths if os.path.islink(path))
         present |= {name.casefold() for parent, name in ends if parent == folder}
+        targets = (os.path.join(out, _renamed(name, out_suffix)) for name in inputs)
+        links = {path: os.path.realpath(path) for path in targets if os.path.islink(path)}
+        read = {os.path.realpath(source / name) for name in inputs} if links else set()
+        for path, end in links.items():
+            if end in read:  # it would be written through the link
+                raise _also_an_input(Path(path))
     if present:
         for name in inputs:
             target = _renamed(name, out_suffix)

@@ -212,7 +212,11 @@ def check_writable(path: Path) -> None:
     """Raises ConfigError if a file surely cannot be written, before the long work."""
     if path.is_dir():
         raise ConfigError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"cannot write {path}: no permission to write in {path.parent}")
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if not target.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {target.parent}")
+    # A plain file is written beside its name and renamed; a pipe or device is written itself.
+    plain = path.is_file() or not path.exists()
+    if not os.access(target.parent if plain else path, os.W_OK):
+        where = f" to write in {target.parent}" if plain else ""
+        raise ConfigError(f"cannot write {path}: no permission{where}")

@@ -5,7 +5,6 @@ import gzip
 import importlib
 import shutil
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from waveflow.errors import ConfigError, DataError
+from waveflow.files import lock, temporary_folder
 
 ARCHIVE_SUFFIXES = (".tar.bz2", ".tar.gz", ".tgz", ".tar", ".zip")
 
@@ -93,17 +93,16 @@ def download_ljspeech(beside: Path) -> Path:
 
 
 def _make_once(folder: Path, make: Callable[[Path], Path]) -> Path:
-    """Moves the folder that `make` returns, inside a scratch folder, to `folder`."""
+    """Moves the folder that `make` returns, a scratch folder or one inside it, to `folder`."""
     if folder.exists():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
-        ) as scratch:
-            inner = Path(scratch, "corpus")
-            inner.mkdir()
-            make(inner).rename(folder)
+        with lock(folder.with_name(f".{folder.name}.lock"), f"the corpus {folder}"):
+            if folder.exists():  # another process has made it meanwhile
+                return folder
+            with temporary_folder(folder) as scratch:
+                make(scratch).rename(folder)
     except OSError as error:
         raise DataError(f"cannot make {folder}: {error.strerror or error}") from error
     return folder

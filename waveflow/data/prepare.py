@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -45,10 +45,10 @@ from waveflow.data.clips import (
     read_array,
     read_result,
 )
-from waveflow.data.corpus import Corpus, CorpusClip, read_corpus
+from waveflow.data.corpus import Corpus, CorpusClip, read_corpus, val_ids
 from waveflow.data.report import LeftOut, PrepareReport, make_report
 from waveflow.errors import DataError
-from waveflow.files import atomic_path
+from waveflow.files import atomic_path, lock
 from waveflow.processes import ALONE, Group
 
 Progress = Callable[[int, int], None]
@@ -91,14 +91,16 @@ def prepare(
     Raises:
         DataError: a corpus or `mels` is wrong, no clip is usable, or `out` is something else than a
             cache or cannot be written.
-        ConfigError: pyworld is not installed.
+        ConfigError: pyworld is not installed, or another process makes this cache.
     """
-    job = _open_job(corpora, out, mel, force, mels, group)
-    with _writing(job.out):
-        kept = group.gather("parts", job.make_parts(group, progress, workers))
-        return group.main_first(
-            "cache", lambda: read_report(job.out) if kept is None else _join(job, sum(kept))
-        )
+    out = Path(out).resolve()
+    with _lock(out, group):
+        job = _open_job(corpora, out, mel, force, mels, group)
+        with _writing(job.out):
+            kept = group.gather("parts", job.make_parts(group, progress, workers))
+            return group.main_first(
+                "cache", lambda: read_report(job.out) if kept is None else _join(job, sum(kept))
+            )
 
 
 class _Source(NamedTuple):
@@ -183,7 +185,6 @@ def _open_job(
     mels: Path | None,
     group: Group,
 ) -> _Job:
-    out = Path(out).resolve()
     _check_replaceable(out)
     paths = [Path(path).resolve() for path in corpora]
     if not paths:
@@ -259,6 +260,18 @@ def read_report(cache: Path) -> PrepareReport:
 
 
 @contextmanager
+def _lock(out: Path, group: Group) -> Generator[None, None, None]:
+    """Keeps other jobs off a cache and its parts; rank 0 does so for its group."""
+    if group.rank > 0:
+        yield
+        return
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with lock(out.parent / f".{out.name}.lock", f"the cache {out}"):
+        yield
+
+
+@contextmanager
 def _writing(out: Path) -> Generator[None, None, None]:
     try:
         yield
@@ -303,7 +316,22 @@ def _choose(job: _Job) -> tuple[list[tuple[_Source, ClipFacts]], list[LeftOut]]:
         left_out.append(
             LeftOut(file=file, corpus=source.corpus, reason=result.reason, detail=result.detail)
         )
-    return chosen, left_out
+    return _with_validation(job.sources, chosen), left_out
+
+
+def _with_validation(
+    sources: list[_Source], chosen: list[tuple[_Source, ClipFacts]]
+) -> list[tuple[_Source, ClipFacts]]:
+    """The clips, with others for validation in a corpus of which all of those were left out."""
+    lost = {source.corpus for source in sources if source.clip.split == "val"}
+    lost -= {source.corpus for source, _ in chosen if source.clip.split == "val"}
+    for corpus in lost:
+        val = val_ids([source.clip.id for source, _ in chosen if source.corpus == corpus])
+        for index, (source, facts) in enumerate(chosen):
+            if source.corpus == corpus and source.clip.id in val:
+                clip = replace(source.clip, split="val")
+                chosen[index] = source._replace(clip=clip), facts
+    return chosen
 
 
 def _lay_out(chosen: list[tuple[_Source, ClipFacts]]) -> list[CachedClip]:
