@@ -123,7 +123,7 @@ def test_a_run_leaves_its_last_and_its_best(finished: Trainer, cache: TrainingCa
 def test_best_stays_when_later_steps_are_worse(
     cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([-3.0, -1.0, math.nan, -2.0])
+    scores = iter([-3.0, -1.0, -1.5, -2.0])
 
     def scored(*args: object) -> object:
         result = validate(*args)
@@ -491,7 +491,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(
 
 def test_only_the_runs_own_recipe_resumes_it(cache: TrainingCache, finished: Trainer) -> None:
     with pytest.raises(ConfigError, match="is not this recipe"):
-        Trainer(recipe(learning_rate=0.5), cache, finished.folder.path, resume=True)
+        Trainer(recipe(clip_norm=0.5), cache, finished.folder.path, resume=True)
 
 
 def test_only_the_runs_own_data_resume_it(finished: Trainer, tmp_path: Path) -> None:

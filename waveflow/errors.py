@@ -29,5 +29,9 @@ class DataError(WaveflowError):
     """A corpus or training cache that is missing, empty or inconsistent."""
 
 
+class DivergedError(WaveflowError):
+    """A training whose steps, weights or validation are no longer finite numbers."""
+
+
 class ContractError(WaveflowError):
     """A bijection that does not keep its promises (`check_bijection`)."""

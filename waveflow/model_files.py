@@ -37,10 +37,10 @@ class SynthesisConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sigma: float = Field(default=1.0, ge=0)
+    sigma: float = Field(default=1.0, ge=0, le=10)
     refine_steps: int = Field(default=0, ge=0, le=64)
-    refine_power: float = Field(default=1.0, gt=0)
-    refine_momentum: float = Field(default=0.0, ge=0)
+    refine_power: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    refine_momentum: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 class Provenance(BaseModel):
@@ -50,6 +50,8 @@ class Provenance(BaseModel):
         data: the corpora, in words.
         licence: licence of the weights.
         steps, minutes: optimizer steps, and time spent in training.
+        phase: the model's own first phase, such as "pitch head", if training was stopped in it: the
+            flow is then as it began. Empty for a flow that was trained.
         log_likelihood: of validation speech, nats per audio sample.
         draw_log_likelihood: of the model's own draws for the same mels.
         mel_range: lowest and highest value of each mel band in the training data.
@@ -59,8 +61,9 @@ class Provenance(BaseModel):
 
     data: str = ""
     licence: str = ""
-    steps: int = 0
-    minutes: float = 0.0
+    steps: int = Field(default=0, ge=0)
+    minutes: float = Field(default=0.0, ge=0)
+    phase: str = ""
     log_likelihood: float | None = None
     draw_log_likelihood: float | None = None
     mel_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None

@@ -40,9 +40,12 @@ class MelConfig(BaseModel):
     norm: Literal["slaney"] | None = "slaney"
     power: Literal[1, 2] = 1
     magnitude_floor: float = Field(
-        default=0.0, ge=0, description="Added to |STFT|^2, under the root"
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Added to |STFT|^2, under the root",
     )
-    log_floor: float = Field(default=1e-5, gt=0)
+    log_floor: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -41,15 +41,18 @@ class NoteHandler(logging.Handler):
 
 
 def progress_bar(*columns: "ProgressColumn") -> "Progress":
-    """Returns a bar on stderr that vanishes at its end; it is silent if stderr is no terminal."""
+    """Returns a bar on stderr that vanishes at its end; it is silent if stderr is no terminal.
+
+    Args:
+        columns: what stands to its right.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
-        MofNCompleteColumn(),
         *columns,
         console=console,
         transient=True,
@@ -68,9 +71,9 @@ def counting(what: str, group: Group = ALONE) -> Iterator[Callable[[int, int], N
     if group.rank > 0:
         yield lambda done, total: None
         return
-    from rich.progress import TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
     share = f" of process 1 of {group.world_size}" if group.world_size > 1 else ""
-    with progress_bar(TimeRemainingColumn()) as bar:
+    with progress_bar(MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task(f"{what}{share}", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

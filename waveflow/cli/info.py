@@ -96,7 +96,11 @@ def _facts(card: "ModelCard") -> Iterator[tuple[str, str]]:
     yield "synthesis", f"sigma {synthesis.sigma:g}, {synthesis.refine_steps} refinement steps"
     yield "training data", source.data or "not stated"
     yield "licence", source.licence or "not stated"
-    yield "training", f"{source.steps:,} steps, {source.minutes:.0f} minutes"
+    stopped = f", all in the phase '{source.phase}': the flow is not trained yet"
+    yield (
+        "training",
+        f"{source.steps:,} steps, {source.minutes:.0f} minutes{stopped if source.phase else ''}",
+    )
     yield (
         "log-likelihood",
         f"{_number(source.log_likelihood)} on validation speech, "

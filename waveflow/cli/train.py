@@ -4,8 +4,9 @@ import logging
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,8 @@ from waveflow.cli import options
 from waveflow.cli.console import note, progress_bar, show
 from waveflow.cli.prepare import make_cache, note_report
 from waveflow.errors import ConfigError, DataError
-from waveflow.processes import local_device, was_restarted
+from waveflow.files import lock
+from waveflow.processes import local_device, own_place, was_restarted
 
 if TYPE_CHECKING:
     from waveflow.audio.mel_config import MelConfig
@@ -76,10 +78,15 @@ def train(
     from waveflow.pretrained import model_folder
 
     resume = resume or was_restarted()
-    # Checked before the data are prepared, which takes long and would replace the run's cache.
-    if run_checkpoints(out):
-        if not resume:
+
+    def holds_run() -> bool:
+        found = bool(run_checkpoints(out))
+        if found and not resume:
             raise ConfigError(f"{out} holds a run: go on with it (--resume) or name another folder")
+        return found
+
+    # Checked before the data are prepared, which takes long and would replace the run's cache.
+    if holds_run():
         init = None  # the run has begun from it
     start = None if init is None else model_folder(init)
 
@@ -96,10 +103,11 @@ def train(
 
     weights = None if start is None else (start, load_checkpoint(start)[1].state_dict())
 
-    with process_group(device):
+    with _own_folder(out), process_group(device):
         main, logger = is_main(), logging.getLogger("waveflow")
         # All processes would log the same, so rank 0 does it.
         logger.setLevel(logging.WARNING if main else logging.ERROR)
+        on_main(holds_run)  # another process may have trained meanwhile
         folder = on_main(lambda: _data(data or [], out / "cache", settings.mel, resume))
         cache = TrainingCache(folder)
         with _sigterm() as stop:
@@ -107,14 +115,35 @@ def train(
             trainer = Trainer(settings, cache, out, device, weights, resume, words)
             if main:
                 logger.setLevel(logging.INFO)
-            with _training_bar(settings.train.steps, visible=main) as report:
-                trainer.run(max_minutes, report, stop)
+            with _training_bar(max_minutes, visible=main) as (report, report_clip):
+                trainer.run(max_minutes, report, stop, report_clip)
     if main:
         best = trainer.best
         score = "" if best is None else f", best validation log-likelihood {best:.4f}"
         if trainer.before is not None:
             score += f" ({trainer.before:.4f} before)"
         show(f"{out}: {trainer.step} steps, {trainer.minutes:.1f} minutes{score}")
+
+
+@contextmanager
+def _own_folder(out: Path) -> Iterator[None]:
+    """Makes the run's folder and keeps other processes out of it; rank 0 does so for all.
+
+    A folder in which nothing was written does not stay.
+    """
+    if own_place()[0] > 0:
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write the run {out}: {error.strerror}") from error
+    try:
+        with lock(out / ".lock", f"the run {out}"):
+            yield
+    finally:
+        with suppress(OSError):
+            out.rmdir()
 
 
 @contextmanager
@@ -169,21 +198,53 @@ def _described(cache: "TrainingCache", init: str | None) -> str:
 
 
 @contextmanager
-def _training_bar(steps: int, visible: bool) -> "Iterator[Callable[[Progress], None]]":
+def _training_bar(
+    max_minutes: float, visible: bool
+) -> "Iterator[tuple[Callable[[Progress], None], Callable[[int, int], None]]]":
+    """Yields functions that show a step, and a clip of a validation.
+
+    They move a bar, which is full when the run ends, by its steps or by the clock. Without a
+    terminal they print a line now and then.
+    """
+    if not visible:
+        yield (lambda report: None), (lambda done, total: None)
+        return
     from rich.progress import TextColumn
 
-    if not visible:
-        yield lambda report: None
-        return
+    from waveflow.training.loop import LOG_EVERY
+
     with progress_bar(TextColumn("{task.fields[values]}")) as bar:
-        task = bar.add_task("step", total=steps, values="")
-        yield lambda report: bar.update(task, completed=report.step, values=_values(report))
+        task = bar.add_task("begins", total=1.0, values="")
+        begin = time.monotonic()
+
+        def show_step(report: "Progress") -> None:
+            where, values = _where(report), _values(report, max_minutes)
+            if bar.disable:
+                if report.step % LOG_EVERY == 0:
+                    note(f"{where}, {values}")
+                return
+            elapsed = (time.monotonic() - begin) / 60
+            done = elapsed / max(elapsed + report.minutes_left, 1e-9)
+            bar.update(task, description=where, completed=done, values=values)
+
+        def show_clip(done: int, total: int) -> None:
+            bar.update(task, description=f"validating {done + 1}/{total}", values="")
+
+        yield show_step, show_clip
 
 
-def _values(report: "Progress") -> str:
-    """The first term (mostly the likelihood), speed and time left, in few characters."""
+def _where(report: "Progress") -> str:
+    """The step, of the run or of the model's own first phase."""
+    phase = f"{report.phase}, " if report.phase else ""
+    return f"{phase}step {report.phase_step} of {report.phase_steps}"
+
+
+def _values(report: "Progress", max_minutes: float) -> str:
+    """The first term (mostly the likelihood), the speed, and what will end the run and when."""
     name, first = next(iter(report.values.items()))
     name = {"log_likelihood": "log p"}.get(name, name.replace("_", " "))
-    value = f"{name} {first:.3f}"
-    hours, minutes = divmod(max(0, round(report.minutes_left)), 60)
-    return f"{value}, {report.audio_seconds_per_second:.0f} s/s, {hours}:{minutes:02d} left"
+    speed = f"{report.audio_seconds_per_second:.3g} s of audio a second"
+    limit = "the last step" if report.limit == "steps" else f"--max-minutes {max_minutes:g}"
+    hours, minutes = divmod(max(0, math.ceil(report.minutes_left)), 60)
+    left = f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    return f"{name} {first:.3f}, {speed}, {left} to {limit}"

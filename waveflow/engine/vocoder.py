@@ -29,7 +29,7 @@ from waveflow.engine.decoder import (
 from waveflow.engine.fast.int8 import speech_like_mel
 from waveflow.engine.options import OWN_OPTIONS, Speech, SynthesisOptions
 from waveflow.engine.streaming import WINDOW_FRAMES, WindowedSynthesis, window_context
-from waveflow.errors import AudioError, ConfigError, MelMismatchError
+from waveflow.errors import AudioError, CheckpointError, ConfigError, MelMismatchError
 from waveflow.flow import Flow
 from waveflow.pretrained import model_folder
 
@@ -414,10 +414,16 @@ def _n_clipped(audio: Tensor, mel: Tensor, notes: list[str]) -> int:
 
     Raises:
         MelMismatchError: samples that are not finite; it repeats the notes on the mel.
+        CheckpointError: the same, for a mel that is like speech.
     """
     # Neither this nor the count makes a second array of the audio's size.
     if not all(math.isfinite(end) for end in audio.aminmax()):
         low, high = mel.aminmax()
+        if low > -24 and high < 4 and not notes:
+            raise CheckpointError(
+                "this model gives samples that are not finite for a mel as speech has it: its "
+                "training has diverged, or its weights were changed; use another checkpoint"
+            )
         raise MelMismatchError(
             f"this mel, {low:.3g} to {high:.3g}, gives samples that are not finite: speech lies "
             f"between -12 and 3 in natural logarithms{''.join(f'; {note}' for note in notes)}"
@@ -449,6 +455,12 @@ def load(
     """
     folder = model_folder(model)
     config, flow = load_checkpoint(folder, verify)
+    if config.provenance.phase:
+        logger.warning(
+            "the flow of %s is not trained: its training was stopped in its first phase (%s)",
+            folder,
+            config.provenance.phase,
+        )
     if precision not in (*get_args(Precision), "auto"):
         names = ", ".join((*get_args(Precision), "auto"))
         raise ConfigError(f"precision {precision!r} is none of {names}")

@@ -16,7 +16,7 @@ relative to the source. E is a function of the mel, so the likelihood stays exac
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,10 +59,10 @@ class FrameGlowConfig(FlowConfig):
     n_flows: int = Field(default=4, ge=0)
     network: Literal["wavenet", "convnext"] = "wavenet"
     hidden_channels: int = Field(default=96, gt=0)
-    dilations: tuple[int, ...] = (1, 2, 4)
+    dilations: tuple[Annotated[int, Field(gt=0, le=4096)], ...] = Field((1, 2, 4), max_length=64)
     encoder_channels: int = Field(default=128, gt=0)
     encoder_layers: int = Field(default=4, ge=0)
-    log_scale_bound: float = Field(default=3.0, gt=0)
+    log_scale_bound: float = Field(default=3.0, gt=0, allow_inf_nan=False)
 
 
 @register(FrameGlowConfig)

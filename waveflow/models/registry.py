@@ -37,7 +37,7 @@ class FlowConfig(NamedModel):
         denoiser_bias: which mel a denoiser listens to for this model's hum (audio/denoise.py).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
     denoiser_bias: ClassVar[Literal["zeros", "normal", "silence"]] = "silence"
 
     type: str

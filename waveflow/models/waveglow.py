@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,7 +60,7 @@ class WaveGlowConfig(FlowConfig):
     squeeze_factor: PositiveInt = 8
     n_early_every: PositiveInt = 4
     n_early_size: PositiveInt = 2
-    n_layers: PositiveInt = 8
+    n_layers: int = Field(default=8, gt=0, le=24)  # the dilation doubles in each
     hidden_channels: PositiveInt = 256
     kernel_size: PositiveInt = 3
     conditioning: Literal["upsampled", "repeated"] = "upsampled"

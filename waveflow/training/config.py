@@ -12,6 +12,14 @@ from waveflow.checkpoint import SynthesisConfig
 from waveflow.errors import ConfigError
 from waveflow.models.registry import AnyFlowConfig, first_problem
 
+# Names of checkpoints have eight digits, so that they sort by step.
+MOST_STEPS = 10**8 - 1
+# Of a whole step: 13 hours of audio at a hop of 256.
+MOST_FRAMES = 2**22
+# In steps. More than any run has stands for never.
+Interval = Annotated[int, Field(gt=0, le=10**12)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
 
 class TrainConfig(BaseModel):
     """How a model is trained.
@@ -32,7 +40,7 @@ class TrainConfig(BaseModel):
         rates: factors of the learning rate by the beginning of a parameter's name. The longest
             name that fits counts; 0 freezes. For fine-tuning:
             `{conditioner = 0.1, "bijection.steps.1" = 0}`.
-        clip_norm: largest norm of the gradient.
+        clip_norm: largest norm of the gradient; inf clips nothing.
         ema_decay: of the running mean of the weights, which is validated and shipped.
         seed: of initial weights, data order and noise.
         validate_every, checkpoint_every: in steps.
@@ -47,33 +55,33 @@ class TrainConfig(BaseModel):
         threads: of torch on a CPU.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
-    steps: int = Field(default=200_000, gt=0)
+    steps: int = Field(default=200_000, gt=0, le=MOST_STEPS)
     batch_size: int = Field(default=8, gt=0)
     segment_frames: int = Field(default=64, ge=8)
     accumulate: int = Field(default=1, gt=0)
-    gain_range: tuple[float, float] = (0.5, 4.0)
-    likelihood_weight: float = Field(default=1.0, ge=0)
-    energy_weight: float = Field(default=0.0, ge=0)
-    calibration_weight: float = Field(default=0.0, ge=0)
-    pitch_steps: int = Field(default=0, ge=0)
+    gain_range: tuple[Weight, Weight] = (0.5, 4.0)
+    likelihood_weight: Weight = 1.0
+    energy_weight: Weight = 0.0
+    calibration_weight: Weight = 0.0
+    pitch_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
     teacher: str = ""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    rates: dict[str, Annotated[float, Field(ge=0)]] = {}
-    warmup_steps: int = Field(default=200, ge=1)
-    decay_steps: int = Field(default=4000, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    rates: dict[str, Weight] = {}
+    warmup_steps: Interval = 200
+    decay_steps: Interval = 4000
+    weight_decay: Weight = 0.0
     clip_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
-    seed: int = 0
-    validate_every: int = Field(default=1000, gt=0)
-    checkpoint_every: int = Field(default=500, gt=0)
-    patience: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    validate_every: Interval = 1000
+    checkpoint_every: Interval = 500
+    patience: int = Field(default=0, ge=0, le=10**12)
     precision: Literal["float32", "bf16"] = "float32"
     recompute: bool | Literal["auto"] = "auto"
     compile: bool = False
-    threads: int = Field(default=1, gt=0)
+    threads: int = Field(default=1, gt=0, le=1024)
 
     @model_validator(mode="before")
     @classmethod
@@ -93,6 +101,15 @@ class TrainConfig(BaseModel):
                 'scale until the run learns nothing; use "bf16" or "float32"'
             )
         return value
+
+    @model_validator(mode="after")
+    def _a_step_is_not_too_large(self) -> Self:
+        if self.batch_size * self.segment_frames > MOST_FRAMES:
+            raise ValueError(
+                f"batch_size {self.batch_size} segments of segment_frames {self.segment_frames} "
+                f"are more than the {MOST_FRAMES} frames that a step can have: give fewer"
+            )
+        return self
 
     @model_validator(mode="after")
     def _parts_hold_items(self) -> Self:
@@ -130,6 +147,13 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         ConfigError: missing, not TOML or JSON, or a field that is unknown or out of range.
     """
+    try:
+        return _read_recipe(path)
+    except RecursionError as error:
+        raise ConfigError(f"recipe {path} is nested too deeply: no recipe needs that") from error
+
+
+def _read_recipe(path: Path) -> Recipe:
     kind, parse = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
         data = parse(path.read_text(encoding="utf-8"))

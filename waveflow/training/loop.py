@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from waveflow.audio.mel import MelSpectrogram
 from waveflow.checkpoint import Provenance, load_weights
 from waveflow.data.cache import TrainingCache
 from waveflow.data.segments import Prefetch, SegmentSampler
-from waveflow.errors import DataError
+from waveflow.errors import DataError, DivergedError
 from waveflow.models.registry import build_flow
 from waveflow.objective import Batch, Phase
 from waveflow.training.config import Recipe
@@ -47,11 +47,13 @@ from waveflow.training.run_folder import (
     training_tensors,
     writing,
 )
-from waveflow.training.validation import validate
+from waveflow.training.validation import ValidationStopped, validate
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 20
+# Skipped steps in a row after which a run has diverged: batches differ, so it is not the data.
+MOST_SKIPPED = 20
 
 
 class Progress(NamedTuple):
@@ -62,12 +64,19 @@ class Progress(NamedTuple):
         values: by name, the terms that this step trained and the norm of the gradient.
         audio_seconds_per_second: audio trained on for each second of the clock.
         minutes_left: an estimate.
+        limit: what will end the run: "steps" or "minutes".
+        phase: name of the model's own first phase that this step belongs to; "" after those.
+        phase_step, phase_steps: steps done and in all, of that phase, or else of the run.
     """
 
     step: int
     values: dict[str, float]
     audio_seconds_per_second: float
     minutes_left: float
+    limit: str
+    phase: str
+    phase_step: int
+    phase_steps: int
 
 
 class Trainer:
@@ -124,19 +133,21 @@ class Trainer:
         self.optimizer = make_optimizer(self.flow, config)
         self.average = {name: t.detach().clone() for name, t in self.flow.state_dict().items()}
         self.step, self.minutes, self.skipped = 0, 0.0, 0
+        self.skipped_in_row = 0
         self.best: float | None = None
         self.best_name: str | None = None
         # The likelihood before the first step of a run that starts from trained weights.
         self.before: float | None = None
         self.provenance = Provenance(data=data)
-        self._is_tuning = False
+        # Weights that a validation can be about, before the first step of this call.
+        self._has_weights = init is not None
         if resume and self._resume():
+            self._has_weights = True
             return
         mel_range = on_main(lambda: cache.mel_range(recipe.mel))
         self.provenance = self.provenance.model_copy(update={"mel_range": mel_range})
         on_main(lambda: self.folder.start(self.device, data, None if init is None else init[0]))
         if init is not None:
-            self._is_tuning = True
             # A kill before the first step's checkpoint would lose the weights.
             self._save()
 
@@ -145,24 +156,31 @@ class Trainer:
         max_minutes: float = math.inf,
         report: Callable[[Progress], None] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
+        report_clip: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Trains until `steps` are done or `max_minutes` are over, then saves.
 
         Args:
             report: called after each step.
-            stop: called after each step; if it returns True in any process, the run saves and ends.
+            stop: called after each step, and before each clip of a validation; if it returns True
+                in any process, the run saves and ends. A validation that is due is made up for
+                when the run goes on.
+            report_clip: called in a validation with the clips done and those in all.
 
         Raises:
             CheckpointError: the disk is full or cannot be written; older checkpoints are whole.
+            DivergedError: the steps, the weights or a validation are no longer finite. Checkpoints
+                from before are kept, and a resume with a lower `learning_rate` goes on from them.
         """
         config, first = self.recipe.train, self.step
         begin, minutes_before = time.monotonic(), self.minutes
         path, mel = self.folder.path, self.recipe.mel
         with writing(path), MetricsLog(path, first, mel) if is_main() else nullcontext() as log:
-            if self._is_tuning:
-                self._validate(log)
+            stopped = self._misses_validation() and not self._validate(log, report_clip, stop)
+            if first == 0:
                 self.before = self.best
-            while self.step < config.steps and not self._out_of_patience():
+            save = due = False
+            while not stopped and self.step < config.steps and not self._out_of_patience():
                 values = self._train_step()
                 self.step += 1
                 elapsed = max(time.monotonic() - begin, 1e-9) / 60  # clocks can be coarse
@@ -172,16 +190,22 @@ class Trainer:
                     log.add("train", self.step, self.minutes, values | self._pace())
                 late, stopped = in_any(elapsed >= max_minutes, stop())
                 last = late or self.step == config.steps
-                save = last or stopped or self.step % config.checkpoint_every == 0
-                due = last or self.step % config.validate_every == 0
-                if due and self.step >= self.first_steps:
-                    save = self._validate(log) or save
-                if save or self._out_of_patience():
+                self._check_skipped(ends=last or stopped)
+                save = save or last or stopped or self.step % config.checkpoint_every == 0
+                if self.step >= self.first_steps:
+                    due = due or last or self.step % config.validate_every == 0
+                if self.skipped_in_row and not (last or stopped):
+                    continue  # nothing is saved until a step shows that the weights are good
+                # Before the validation, which may take minutes.
+                if save or due:
                     self._save()
-                if stopped:
-                    logger.info("asked to stop: saved at step %d", self.step)
-                if last or stopped:
+                if due and not stopped:
+                    stopped = not self._validate(log, report_clip, stop)
+                save = due = False
+                if last:
                     break
+        if stopped:
+            logger.info("asked to stop: saved at step %d", self.step)
         if self._out_of_patience():
             logger.info(
                 "stopped at step %d: since %s no validation log-likelihood was above %.4f",
@@ -202,8 +226,10 @@ class Trainer:
         if all(math.isfinite(value) for value in values.values()):
             self.optimizer.step()
             update_average(self.average, self.flow, config.ema_decay, self.step)
+            self.skipped_in_row = 0
         else:
             self.skipped += 1
+            self.skipped_in_row += 1
             logger.warning("step %d skipped: loss or gradient is not finite", self.step)
         return values
 
@@ -256,11 +282,38 @@ class Trainer:
     def _seed_noise(self) -> None:
         torch.manual_seed(self.recipe.train.seed * 1_000_003 + self.step)
 
-    def _validate(self, log: MetricsLog | None) -> bool:
-        """Validates the averaged weights; returns whether they are the best so far."""
+    def _misses_validation(self) -> bool:
+        """Whether the weights in hand are due for a validation and have had none.
+
+        These are weights to start from, and those of a run that ended within a validation.
+        """
+        config = self.recipe.train
+        due = self.step % config.validate_every == 0 or self.step == config.steps
+        source = self.provenance
+        is_new = source.steps == self.step and source.log_likelihood is None
+        return self._has_weights and due and is_new and self.step >= self.first_steps
+
+    def _validate(
+        self,
+        log: MetricsLog | None,
+        report: Callable[[int, int], None],
+        stop: Callable[[], bool],
+    ) -> bool:
+        """Validates the averaged weights and saves; returns False if it was asked to stop before.
+
+        Raises:
+            DivergedError: the likelihood is not finite.
+        """
         averaged = build_flow(self.recipe.model, self.recipe.mel).to(self.device)
         averaged.load_state_dict(self.average)
-        result = validate(averaged.eval(), self.cache, self.spectrogram, self.device)
+        try:
+            result = validate(
+                averaged.eval(), self.cache, self.spectrogram, self.device, report, stop
+            )
+        except ValidationStopped:
+            return False
+        if not math.isfinite(result.log_likelihood):
+            self._end_diverged("the validation log-likelihood is not finite", self.step)
         if log is not None:
             log.add_validation(self.step, self.minutes, result)
         logger.info(
@@ -280,10 +333,33 @@ class Trainer:
             }
         )
         best = -math.inf if self.best is None else self.best
-        if not result.log_likelihood > best:
-            return False
-        self.best, self.best_name = result.log_likelihood, checkpoint_name(self.step)
+        # A model that cannot draw is of no use, however likely it finds speech.
+        if result.log_likelihood > best and math.isfinite(result.draw_log_likelihood):
+            self.best, self.best_name = result.log_likelihood, checkpoint_name(self.step)
+        self._save()
         return True
+
+    def _check_skipped(self, ends: bool) -> None:
+        """Raises DivergedError after too many skipped steps, or if a run would end with some.
+
+        One may be chance. Later ones show that the weights are bad, or soon will.
+        """
+        n_skipped = self.skipped_in_row
+        if n_skipped >= MOST_SKIPPED or (ends and n_skipped > 1):
+            # The checkpoint of the weights that gave no finite step, if it is there.
+            begin = self.step - n_skipped
+            self._end_diverged(f"the last {n_skipped} steps were skipped", begin)
+
+    def _end_diverged(self, reason: str, bad_step: int) -> NoReturn:
+        """Raises DivergedError, after the checkpoint of `bad_step` was removed."""
+        left = on_main(lambda: self.folder.drop(checkpoint_name(bad_step), self.best_name))
+        remedy = "start anew: it saved no checkpoint that is good"
+        if left is not None:
+            remedy = f"go on from {self.folder.path / left} with --resume"
+        raise DivergedError(
+            f"this training has diverged at step {self.step}: {reason}. Lower its learning_rate, "
+            f"{self.recipe.train.learning_rate:g}, in the recipe, and {remedy}"
+        )
 
     def _out_of_patience(self) -> bool:
         """Whether the last `patience` validations have brought nothing better."""
@@ -295,7 +371,24 @@ class Trainer:
         return since >= config.patience
 
     def _save(self) -> None:
-        on_main(lambda: self.folder.save(self._saved()))
+        """Saves a checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be written.
+            DivergedError: weights or moments are not finite.
+        """
+        phase, _ = self._phase(max(self.step - 1, 0))
+        update: dict[str, Any] = {"phase": "" if phase is self.phases[-1] else phase.name}
+        if self.provenance.steps != self.step:
+            # The figures are those of other weights.
+            update |= {"log_likelihood": None, "draw_log_likelihood": None}
+            update |= {"steps": self.step, "minutes": round(self.minutes, 2)}
+        self.provenance = self.provenance.model_copy(update=update)
+        saved = self._saved()
+        for name, tensor in [*saved.averaged.items(), *saved.training.items()]:
+            if not tensor.isfinite().all():
+                self._end_diverged(f"{name.removeprefix('raw.')} is not finite", self.step)
+        on_main(lambda: self.folder.save(saved))
 
     def _saved(self) -> Saved:
         state = self.folder.state(
@@ -324,8 +417,9 @@ class Trainer:
         """Takes up a checkpoint. Changes nothing but weights if it does not fit."""
         source = self.folder.path / saved.state.name
         load_weights(self.flow, saved.averaged, source)
+        average = {name: t.detach().clone() for name, t in self.flow.state_dict().items()}
         load_training_tensors(self.flow, self.optimizer, saved.training, source)
-        self.average = {name: t.to(self.device) for name, t in saved.averaged.items()}
+        self.average = average
         self.step, self.minutes = saved.state.step, saved.state.minutes
         self.skipped, self.provenance = saved.state.skipped, saved.provenance
         if not saved.state.pitch_steps:
@@ -358,5 +452,17 @@ class Trainer:
         """The report after `done` steps of this call, which took `elapsed` minutes."""
         config, mel = self.recipe.train, self.recipe.mel
         seconds = config.batch_size * config.segment_frames * mel.hop_length / mel.sample_rate
-        left = min(elapsed / done * (config.steps - self.step), max_minutes - elapsed)
-        return Progress(self.step, values, done * seconds / (elapsed * 60), left)
+        to_steps = elapsed / done * (config.steps - self.step)
+        to_minutes = max_minutes - elapsed
+        phase, begin = self._phase(self.step - 1)
+        is_first = phase is not self.phases[-1]
+        return Progress(
+            step=self.step,
+            values=values,
+            audio_seconds_per_second=done * seconds / (elapsed * 60),
+            minutes_left=min(to_steps, to_minutes),
+            limit="steps" if to_steps <= to_minutes else "minutes",
+            phase=phase.name if is_first else "",
+            phase_step=self.step - begin if is_first else self.step,
+            phase_steps=int(min(phase.steps, config.steps - begin)) if is_first else config.steps,
+        )

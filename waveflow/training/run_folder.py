@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save as save_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from waveflow.checkpoint import (
     CONFIG,
@@ -43,12 +43,14 @@ from waveflow.errors import CheckpointError, ConfigError
 from waveflow.files import atomic_path
 from waveflow.flow import Flow
 from waveflow.models.registry import first_problem
-from waveflow.training.config import Recipe
+from waveflow.training.config import MOST_STEPS, Recipe
 
 logger = logging.getLogger(__name__)
 
 RECIPE, RUN_RECORD = "recipe.json", "run.json"
 TRAINING, STATE = "training.safetensors", "state.json"
+# What AdamW keeps of each parameter.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class RunState(BaseModel):
@@ -66,12 +68,12 @@ class RunState(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    step: int
-    minutes: float
-    skipped: int
-    pitch_steps: int
-    best: float | None
-    best_name: str | None
+    step: int = Field(ge=0, le=MOST_STEPS)
+    minutes: float = Field(ge=0, allow_inf_nan=False)
+    skipped: int = Field(ge=0, le=MOST_STEPS)
+    pitch_steps: int = Field(ge=0, le=MOST_STEPS)
+    best: Annotated[float, Field(allow_inf_nan=False)] | None
+    best_name: Annotated[str, Field(pattern=r"\Astep-[0-9]{8}\z")] | None
     audio_sha256: str
     mel_sha256: str | None = None
 
@@ -156,9 +158,28 @@ class RunFolder:
             STATE: (saved.state.model_dump_json(indent=1) + "\n").encode(),
         }
         save_checkpoint(self.path / saved.state.name, config, saved.averaged, extra)
-        keep = self._point(saved.state)
+        keep = self._point(saved.state.name, saved.state.best_name)
         with writing(self.path):
             self._clean(saved.state.name, keep)
+
+    def drop(self, name: str, best: str | None) -> str | None:
+        """Removes a checkpoint that a run cannot go on from, unless it is the best.
+
+        Returns:
+            The newest checkpoint that is left.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        with writing(self.path):
+            if name != best and (self.path / name).is_dir():
+                remove_checkpoint(self.path / name)
+            left = run_checkpoints(self.path)
+            if left:
+                self._point(left[0].name, best)
+                return left[0].name
+            (self.path / RUN_POINTER).unlink(missing_ok=True)
+        return None
 
     def load_newest(self, load: Callable[[Saved], None]) -> tuple[str, RunState]:
         """Loads the newest whole checkpoint; returns its name and state.
@@ -172,7 +193,7 @@ class RunFolder:
             CheckpointError: no checkpoint can be used.
             ConfigError: the recipe or the data are not those of the run.
         """
-        self._check_recipe()
+        before = self._check_recipe().train.learning_rate
         errors = []
         for folder in run_checkpoints(self.path):
             try:
@@ -186,7 +207,8 @@ class RunFolder:
                 logger.warning("going on from %s, the newest that is whole", folder)
             state = self._without_damaged_best(saved.state)
             # A kill between a checkpoint and its pointer leaves an older pointer.
-            self._point(state)
+            self._point(state.name, state.best_name)
+            self._change_rate(before, state.step)
             return folder.name, state
         raise CheckpointError(
             f"no checkpoint in {self.path} can be resumed; the newest: {errors[0]}"
@@ -207,6 +229,8 @@ class RunFolder:
             state = RunState.model_validate_json(files[STATE])
         except ValidationError as error:
             raise CheckpointError(f"{folder / STATE}: {first_problem(error)}") from error
+        if state.name != name:
+            raise CheckpointError(f"{folder / STATE} is that of {state.name}: not this checkpoint")
         if (state.audio_sha256, state.mel_sha256) != self._data_hashes():
             raise ConfigError(f"{self.cache.folder} is not the data of the run in {self.path}")
         config = parse_config(files[CONFIG], folder / CONFIG)
@@ -221,14 +245,24 @@ class RunFolder:
         hashes = self.cache.manifest.sha256
         return hashes[AUDIO_FILE], hashes.get(MEL_FILE)
 
-    def _check_recipe(self) -> None:
+    def _check_recipe(self) -> Recipe:
+        """Returns the recipe that the run had so far."""
         stored = self.path / RECIPE
         try:
             recipe = Recipe.model_validate_json(stored.read_bytes())
         except (OSError, ValidationError):
             recipe = None
-        if recipe is None or _endless(recipe) != _endless(self.recipe):
+        if recipe is None or _changeable(recipe) != _changeable(self.recipe):
             raise ConfigError(f"{stored} is not this recipe: resume with the recipe of the run")
+        return recipe
+
+    def _change_rate(self, before: float, step: int) -> None:
+        """Writes the run's recipe anew if its learning rate is no longer the one before."""
+        rate = self.recipe.train.learning_rate
+        if rate != before:
+            logger.warning("learning_rate %g from step %d on, %g before", rate, step, before)
+            with writing(self.path):
+                _write_text(self.path / RECIPE, self.recipe.model_dump_json(indent=1) + "\n")
 
     def _without_damaged_best(self, state: RunState) -> RunState:
         if state.best_name in (None, state.name):
@@ -240,13 +274,13 @@ class RunFolder:
             return state.model_copy(update={"best": None, "best_name": None})
         return state
 
-    def _point(self, state: RunState) -> set[str]:
+    def _point(self, last: str, best: str | None) -> set[str]:
         """Writes the names of the last, the previous and the best checkpoint; returns them."""
-        older = [f.name for f in run_checkpoints(self.path) if f.name < state.name]
+        older = [f.name for f in run_checkpoints(self.path) if f.name < last]
         pointer = {
-            "last": state.name,
-            "previous": older[0] if older else state.name,
-            "best": state.best_name or state.name,
+            "last": last,
+            "previous": older[0] if older else last,
+            "best": best or last,
         }
         with writing(self.path):
             _write_text(self.path / RUN_POINTER, json.dumps(pointer, indent=1) + "\n")
@@ -286,16 +320,38 @@ def load_training_tensors(
     Raises:
         CheckpointError: they do not fit the flow; moments are then as before.
     """
-    raw = {k.removeprefix("raw."): v for k, v in tensors.items() if k.startswith("raw.")}
-    load_weights(flow, raw, source)
+    rest = dict(tensors)
+    raw = {name: rest.pop(f"raw.{name}") for name in flow.state_dict() if f"raw.{name}" in rest}
+    state: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, parameter in flow.named_parameters():
-        moments: dict[str, Any] = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = tensors.get(f"optimizer.{key}.{name}")
-            if value is not None:
-                moments[key] = value.to(parameter.device)
-        if moments:
-            optimizer.state[parameter] = moments
+        moments = {key: rest.pop(f"optimizer.{key}.{name}", None) for key in MOMENTS}
+        if any(value is not None for value in moments.values()):
+            state[parameter] = {
+                key: _checked_moment(value, key, name, parameter, source)
+                for key, value in moments.items()
+            }
+    if rest:
+        raise CheckpointError(f"{source / TRAINING} has the unknown tensor {min(rest)!r}")
+    load_weights(flow, raw, source / TRAINING)
+    optimizer.state.update(state)
+
+
+def _checked_moment(
+    value: Tensor | None, key: str, name: str, parameter: Tensor, source: Path
+) -> Tensor:
+    """A moment of a parameter on its device. Others would crash the optimizer's kernels."""
+    where = f"{source / TRAINING}: {key} of {name}"
+    if value is None:
+        raise CheckpointError(f"{where} is missing: cannot resume")
+    shape = torch.Size() if key == "step" else parameter.shape
+    dtype = torch.float32 if key == "step" else parameter.dtype
+    if (value.shape, value.dtype) != (shape, dtype):
+        raise CheckpointError(
+            f"{where} is {value.dtype} {tuple(value.shape)}, expected {dtype} {tuple(shape)}"
+        )
+    if not value.isfinite().all() or (key != "exp_avg" and (value < 0).any()):
+        raise CheckpointError(f"{where} holds values that are not finite, or negative ones")
+    return value.to(parameter.device)
 
 
 @contextmanager
@@ -321,7 +377,8 @@ def run_record(
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "recipe": recipe.model_dump(mode="json"),
+        # By JSON, where an infinite number is a string.
+        "recipe": json.loads(recipe.model_dump_json()),
         "init": None if init is None else _initial_weights(init),
         "data": {
             "description": data,
@@ -361,9 +418,9 @@ def _platform(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _endless(recipe: Recipe) -> Recipe:
-    """The recipe without its end, which a resume may change."""
-    train = recipe.train.model_copy(update={"steps": 1, "patience": 0})
+def _changeable(recipe: Recipe) -> Recipe:
+    """The recipe without what a resume may change: its end and its learning rate."""
+    train = recipe.train.model_copy(update={"steps": 1, "patience": 0, "learning_rate": 1.0})
     return recipe.model_copy(update={"train": train})
 
 

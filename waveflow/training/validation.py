@@ -14,7 +14,7 @@ from waveflow.bijections import Inverse
 from waveflow.bijections.base import Bijection
 from waveflow.data.cache import TrainingCache, given_or_computed
 from waveflow.flow import Flow
-from waveflow.training.distributed import all_sum, rank, world_size
+from waveflow.training.distributed import all_sum, in_any, rank, world_size
 
 N_MOMENTS = 4
 
@@ -56,14 +56,23 @@ class Validation(NamedTuple):
     example: Tensor
 
 
+class ValidationStopped(Exception):
+    """A validation was asked to stop, and has no result."""
+
+
 def validate(
     flow: Flow,
     cache: TrainingCache,
     spectrogram: Callable[[Tensor], Tensor],
     device: torch.device,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Validation:
-    """log p of every validation clip, dequantised with a fixed seed, and of a draw at sigma 1."""
-    scores, speech, draw = score_clips(flow, cache, spectrogram, device)
+    """log p of every validation clip, dequantised with a fixed seed, and of a draw at sigma 1.
+
+    The arguments are those of `score_clips`.
+    """
+    scores, speech, draw = score_clips(flow, cache, spectrogram, device, report, stop)
     return summarise(scores, flow, speech, draw)
 
 
@@ -73,6 +82,8 @@ def score_clips(
     cache: TrainingCache,
     spectrogram: Callable[[Tensor], Tensor],
     device: torch.device,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sums that make up a validation, (clips, columns) float64, on the CPU.
 
@@ -82,15 +93,24 @@ def score_clips(
 
     Args:
         spectrogram: makes the mel of audio, for a cache without mels.
+        report: called with the clips done and those in all, before each clip.
+        stop: asked before each clip, in all processes.
 
     Returns:
         The table of all processes, then the first clip (T,) and its draw (T,), in rank 0.
+
+    Raises:
+        ValidationStopped: `stop` returned True in one process; it is raised in all.
     """
     steps = learned_steps(flow.bijection)
     shape = len(cache.clips("val")), 3 + N_MOMENTS + len(steps)
     scores = torch.zeros(shape, dtype=torch.float64)
     example = torch.zeros(2, 0)
     for index, (clip, samples, given) in enumerate(cache.val_clips()):
+        if index % world_size() == 0:
+            report(index, len(scores))
+            if in_any(stop())[0]:
+                raise ValidationStopped
         if index % world_size() != rank():
             continue
         length = clip.frames * cache.hop_length
