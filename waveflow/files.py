@@ -21,6 +21,7 @@ try:
 except ImportError:  # Windows, where nobody is kept out
     fcntl = None  # type: ignore[assignment]
 
+_own_locks: set[Path] = set()  # that this process holds
 _HOLDER = re.compile(r"process \d+ on [\w.-]+ since [\d-]+ [\d:]+")
 # What the system says where a file system has no locks,
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
@@ -122,6 +123,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
 
     The system drops the lock when its holder ends, however it ends; a file that was left by a
     killed process locks nobody out. Where the file system has no locks, nobody is kept out.
+    Within a lock of this process the same one does nothing.
 
     Args:
         path: of the lock file; its folder exists. It is removed at the end.
@@ -130,6 +132,10 @@ def lock(path: Path, what: str) -> Iterator[None]:
     Raises:
         ConfigError: another process holds the lock, or the file cannot be written.
     """
+    path = Path(os.path.realpath(path.parent), path.name)
+    if path in _own_locks:
+        yield
+        return
     try:
         held = _locked(path)
         if held is None:
@@ -140,9 +146,11 @@ def lock(path: Path, what: str) -> Iterator[None]:
         os.write(held, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
     except OSError as error:
         raise ConfigError(f"cannot lock {what}: {path}: {error.strerror}") from error
+    _own_locks.add(path)
     try:
         yield
     finally:
+        _own_locks.remove(path)
         path.unlink(missing_ok=True)
         os.close(held)
 

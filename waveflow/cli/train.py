@@ -131,6 +131,8 @@ def _own_folder(out: Path) -> Iterator[None]:
 
     A folder in which nothing was written does not stay.
     """
+    from waveflow.training.run_folder import LOCK
+
     if own_place()[0] > 0:
         yield
         return
@@ -139,7 +141,7 @@ def _own_folder(out: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"cannot write the run {out}: {error.strerror}") from error
     try:
-        with lock(out / ".lock", f"the run {out}"):
+        with lock(out / LOCK, f"the run {out}"):
             yield
     finally:
         with suppress(OSError):

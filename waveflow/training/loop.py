@@ -175,7 +175,11 @@ class Trainer:
         config, first = self.recipe.train, self.step
         begin, minutes_before = time.monotonic(), self.minutes
         path, mel = self.folder.path, self.recipe.mel
-        with writing(path), MetricsLog(path, first, mel) if is_main() else nullcontext() as log:
+        with (
+            writing(path),
+            self.folder.lock() if is_main() else nullcontext(),
+            MetricsLog(path, first, mel) if is_main() else nullcontext() as log,
+        ):
             stopped = self._misses_validation() and not self._validate(log, report_clip, stop)
             if first == 0:
                 self.before = self.best

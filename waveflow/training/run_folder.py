@@ -12,7 +12,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -40,14 +40,14 @@ from waveflow.checkpoint import (
 )
 from waveflow.data.cache import AUDIO_FILE, MEL_FILE, TrainingCache, file_sha256
 from waveflow.errors import CheckpointError, ConfigError
-from waveflow.files import atomic_path
+from waveflow.files import atomic_path, lock
 from waveflow.flow import Flow
 from waveflow.models.registry import first_problem
 from waveflow.training.config import MOST_STEPS, Recipe
 
 logger = logging.getLogger(__name__)
 
-RECIPE, RUN_RECORD = "recipe.json", "run.json"
+RECIPE, RUN_RECORD, LOCK = "recipe.json", "run.json", ".lock"
 TRAINING, STATE = "training.safetensors", "state.json"
 # What AdamW keeps of each parameter.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -110,6 +110,14 @@ class RunFolder:
 
     def __init__(self, path: Path, recipe: Recipe, cache: TrainingCache) -> None:
         self.path, self.recipe, self.cache = path, recipe, cache
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Keeps other processes out of the folder.
+
+        Raises:
+            ConfigError: another one trains in it.
+        """
+        return lock(self.path / LOCK, f"the run {self.path}")
 
     def start(self, device: torch.device, data: str, init: Path | None) -> None:
         """Makes the folder with its recipe and the record of the run.
