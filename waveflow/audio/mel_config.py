@@ -1,6 +1,6 @@
 """Settings of mel spectrograms. Nothing here imports torch, so commands can read them at once."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -31,7 +31,7 @@ class MelConfig(BaseModel):
     win_length: int = Field(default=1024, gt=0)
     n_mels: int = Field(default=80, gt=0)
     f_min: float = Field(default=0.0, ge=0, description="Hz, lower edge of the lowest band")
-    f_max: float | None = Field(
+    f_max: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
         default=8000.0, description="Hz, upper edge of the highest; None: Nyquist"
     )
     padding: Padding = Field(default="hop", description="Framing, see waveflow.audio.stft")
