@@ -30,6 +30,7 @@ from waveflow.data.cache import (
     TrainingCache,
 )
 from waveflow.data.clips import clipped_share, silent_share
+from waveflow.data.corpus import val_ids
 from waveflow.data.prepare import prepare
 from waveflow.data.report import PrepareReport
 from waveflow.errors import ConfigError, DataError
@@ -159,6 +160,41 @@ def test_report_sums_up_what_is_kept(tmp_path, reads):
     assert "8.3 % is below -60 dB" in text
     assert "1 clips touch full scale" in text and "0.20 %" in text
     assert "a: 2 clips" in text
+
+
+@pytest.mark.parametrize("spoilt", ["silent", "broken", "a copy"])
+@pytest.mark.parametrize("listed", [True, False], ids=["val.txt", "by hash"])
+def test_validation_is_chosen_among_the_clips_that_are_kept(
+    corpus, tmp_path, reads, listed, spoilt
+):
+    """Also where the corpus had named others; a corpus that named none gets none."""
+    ids = [f"clip{i}" for i in range(N_CLIPS)]
+    [first] = val_ids(ids)
+    lost = {"clip2"} if listed else {first}
+    if listed:
+        (corpus / "val.txt").write_text("clip2\n")
+    for name in lost:
+        path = corpus / f"{name}.wav"
+        if spoilt == "broken":
+            path.write_text("no audio")
+        elif spoilt == "silent":
+            write(path, np.zeros(5 * HOP))
+        else:
+            write(corpus / "aaa.wav", noise(7, seed=99))
+            write(path, noise(7, seed=99))
+    other = tmp_path / "other"
+    write(other / "x.wav", noise(4, seed=50))
+    write(other / "y.wav", noise(4, seed=51))
+    (other / "val.txt").touch()
+    prepare([corpus, other], tmp_path / "cache", MEL, workers=1)
+    cache = TrainingCache(tmp_path / "cache")
+    [val] = cache.clips("val")
+    assert val.corpus == "voice" and val.id not in lost
+    assert len(cache.clips("train")) == len(cache.manifest.clips) - 1 >= N_CLIPS
+    # The choice is the same one every time, so nothing is written anew.
+    before = content(tmp_path / "cache")
+    prepare([corpus, other], tmp_path / "cache", MEL, workers=1)
+    assert content(tmp_path / "cache") == before
 
 
 def test_only_runs_at_full_scale_are_clipped():
