@@ -78,6 +78,8 @@ def train(
     from waveflow.pretrained import model_folder
 
     resume = resume or was_restarted()
+    if math.isnan(max_minutes):
+        raise ConfigError("--max-minutes nan: give a number of minutes")
 
     def holds_run() -> bool:
         found = bool(run_checkpoints(out))
