@@ -59,7 +59,9 @@ def train(
     Corpora are first prepared into RUN/cache, which --resume uses again. RUN keeps
     the last two and the best checkpoint, metrics.csv, and curves for TensorBoard.
     Given as a --model, RUN stands for its best checkpoint. SIGTERM saves and ends.
-    --resume passes over damaged checkpoints.
+    --resume passes over damaged checkpoints, and takes the recipe of the run; its
+    steps, patience and learning_rate may be others. A run that diverges ends with
+    an error and keeps its good checkpoints, to go on at a lower learning_rate.
 
     Under torchrun the processes share each batch, and --device cuda gives each its
     own GPU. A worker that torchrun starts again (--max-restarts) resumes by itself.
@@ -78,8 +80,6 @@ def train(
     from waveflow.pretrained import model_folder
 
     resume = resume or was_restarted()
-    if math.isnan(max_minutes):
-        raise ConfigError("--max-minutes nan: give a number of minutes")
 
     def holds_run() -> bool:
         found = bool(run_checkpoints(out))

@@ -59,7 +59,9 @@ class FrameGlowConfig(FlowConfig):
     n_flows: int = Field(default=4, ge=0)
     network: Literal["wavenet", "convnext"] = "wavenet"
     hidden_channels: int = Field(default=96, gt=0)
-    dilations: tuple[Annotated[int, Field(gt=0, le=4096)], ...] = Field((1, 2, 4), max_length=64)
+    dilations: tuple[Annotated[int, Field(gt=0, le=4096)], ...] = Field(
+        default=(1, 2, 4), max_length=64
+    )
     encoder_channels: int = Field(default=128, gt=0)
     encoder_layers: int = Field(default=4, ge=0)
     log_scale_bound: float = Field(default=3.0, gt=0, allow_inf_nan=False)

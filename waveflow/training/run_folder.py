@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save as save_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from waveflow.checkpoint import (
     CONFIG,
@@ -330,7 +330,7 @@ def load_training_tensors(
     """
     rest = dict(tensors)
     raw = {name: rest.pop(f"raw.{name}") for name in flow.state_dict() if f"raw.{name}" in rest}
-    state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    state: dict[Tensor, dict[str, Tensor]] = {}
     for name, parameter in flow.named_parameters():
         moments = {key: rest.pop(f"optimizer.{key}.{name}", None) for key in MOMENTS}
         if any(value is not None for value in moments.values()):
