@@ -14,12 +14,15 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from waveflow.errors import ConfigError
+from waveflow.errors import ConfigError, WaveflowError
 
 try:
     import fcntl
 except ImportError:  # Windows, where nobody is kept out
     fcntl = None  # type: ignore[assignment]
+
+# What the system says where there is no room: no space, a quota, a file too large.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 _own_locks: set[Path] = set()  # that this process holds
 _HOLDER = re.compile(r"process \d+ on [\w.-]+ since [\d-]+ [\d:]+")
@@ -55,11 +58,25 @@ def atomic_path(path: str | os.PathLike[str], suffix: str | None = None) -> Iter
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        full = None if isinstance(error, WaveflowError) else _why_no_write(temporary, path)
         temporary.unlink(missing_ok=True)
+        if full is not None:
+            raise full from error
         raise
     finally:
         os.close(held)
+
+
+def reason_of(error: OSError, path: str | os.PathLike[str]) -> str:
+    """The system's words for a failed write to `path`; without room also which disk is full."""
+    words = error.strerror or str(error)
+    if error.errno != errno.ENOSPC:
+        return words
+    disk = Path(os.path.realpath(path))
+    while not os.path.ismount(disk):
+        disk = disk.parent
+    return f"{words} (the disk at {disk} is full)"
 
 
 @contextmanager
@@ -211,6 +228,22 @@ def _locked(path: Path, is_folder: bool = False) -> int | None:
         if _is_at(held, path):
             return held
         os.close(held)
+
+
+def _why_no_write(temporary: Path, path: Path) -> OSError | None:
+    """The system's reason if nothing more can be written to a file; None if it can.
+
+    Libraries for audio and arrays do not say it ("System error.", "0 of 10 written").
+    """
+    try:
+        with open(temporary, "ab") as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno in FULL:
+            return OSError(error.errno, reason_of(error, path), str(path))
+    return None
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

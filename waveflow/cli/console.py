@@ -1,10 +1,13 @@
 """The only place of the command line that prints: results to stdout, everything else to stderr."""
 
+import io
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, TextIO
 
 from waveflow.processes import ALONE, Group
 
@@ -12,13 +15,44 @@ if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
 
+def open_streams() -> None:
+    """Makes every standard stream safe to write to, before anything else is opened.
+
+    A stream that the parent has closed leads to /dev/null: otherwise the next file that is opened
+    would take its place, and Python would print on stdout what is meant for stderr. A character
+    that the terminal's encoding lacks is written as an escape.
+    """
+    for name, descriptor in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
+            closed.add(name)
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
+            closed.add(name)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+# Standard streams that the parent of this process has closed.
+closed: set[str] = set()
+
+
 def show(line: str) -> None:
-    """Prints a line of the result on stdout."""
-    print(line, flush=True)
+    """Prints a line of the result on stdout.
+
+    Raises:
+        OSError: it cannot be written. A reader that wants no more is no error.
+    """
+    _write(sys.stdout, line)
 
 
 def show_table(rows: Sequence[Sequence[str]], n_left: int = 2) -> None:
     """Prints rows in columns: the first `n_left` aligned to the left, the others to the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
@@ -29,8 +63,37 @@ def show_table(rows: Sequence[Sequence[str]], n_left: int = 2) -> None:
 
 
 def note(message: str) -> None:
-    """Prints a message on stderr, as one line."""
-    print(f"waveflow: {' '.join(message.splitlines())}", file=sys.stderr)
+    """Prints a message on stderr, as one line; where that is impossible, it is lost."""
+    with suppress(OSError):
+        _write(sys.stderr, f"waveflow: {' '.join(message.splitlines())}")
+
+
+def note_fault(error: BaseException) -> None:
+    """Prints the traceback of a fault on stderr."""
+    with suppress(OSError):
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            _write(sys.stderr, line)
+
+
+def printable(text: str) -> str:
+    """The text with all that a terminal would obey, or could not show, as escapes."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
+def _write(stream: TextIO, line: str) -> None:
+    try:
+        print(printable(line), file=stream, flush=True)
+    except OSError as error:
+        to_nowhere(stream)
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(error.errno, error.strerror, stream.name) from error
+
+
+def to_nowhere(stream: TextIO) -> None:
+    """Drops all that is written to a stream from now on, also as Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class NoteHandler(logging.Handler):

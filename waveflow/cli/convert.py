@@ -61,14 +61,16 @@ def convert(
 
     _check_new(out)
     converted = read(checkpoint, config, lineage.value)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {out.parent}: {error.strerror}") from error
     save_checkpoint(out, converted.config, converted.flow.state_dict())
     show(f"read {checkpoint}: {_summary(converted)}")
     show(f"wrote {out}: waveflow vocode mel.npy -o out.wav --model {out}")
 
 
 def _check_new(folder: Path) -> None:
-    if not folder.parent.is_dir():
-        raise ConfigError(f"cannot write {folder}: there is no folder {folder.parent}")
     is_empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
     if (folder.exists() or folder.is_symlink()) and not is_empty:
         raise ConfigError(f"{folder} is there already: name another folder, or remove it")

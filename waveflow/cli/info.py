@@ -1,6 +1,7 @@
-"""`waveflow info`: the models that ship, or the facts about one model."""
+"""`waveflow info`: the models that ship, or the facts about one model or training cache."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +11,7 @@ from waveflow.cli.console import note, show, show_table
 
 if TYPE_CHECKING:
     from waveflow.audio.mel_config import MelConfig
+    from waveflow.data.corpus import Split
     from waveflow.engine.vocoder import Vocoder
     from waveflow.model_files import ModelCard
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 def info(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="A model's name, or a checkpoint or run folder."),
+        typer.Argument(
+            metavar="MODEL|CACHE", help="A model's name, or a checkpoint, run or cache folder."
+        ),
     ] = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure the speed of MODEL, or of the default.")
@@ -30,6 +34,8 @@ def info(
 ) -> None:
     """The models that ship, or one model: its size, mel settings, data, likelihood.
 
+    Of a training cache: its clips, hours, corpora and sample rate.
+
     --speed times the copy-synthesis of a clip of 10 seconds: mel, draw and the
     model's refinement, on one CPU thread unless --threads says more. Loading is not
     timed. The result is the median of five runs.
@@ -38,6 +44,7 @@ def info(
     Examples:
       waveflow info
       waveflow info runs/x
+      waveflow info data/lj
       waveflow info --speed
     """
     if model is None and not speed:
@@ -46,6 +53,9 @@ def info(
     from waveflow.model_files import count_weights, read_card
     from waveflow.pretrained import model_folder
 
+    if model is not None and (Path(model) / "f0.npy").is_file():
+        _show_cache(Path(model))
+        return
     folder = model_folder(model)
     card = read_card(folder, verify)
     _show_fact("model", f"{card.model.type}, {folder}")
@@ -64,6 +74,22 @@ def info(
 
 def _show_fact(name: str, value: str) -> None:
     show(f"{name:<16}{value}")
+
+
+def _show_cache(folder: Path) -> None:
+    from waveflow.data.cache import TrainingCache
+
+    cache = TrainingCache(folder)
+    _show_fact("training cache", str(folder))
+    splits: dict[str, Split] = {"training": "train", "validation": "val"}
+    for name, split in splits.items():
+        clips = cache.clips(split)
+        _show_fact(name, f"{len(clips)} clips, {cache.hours(split):.2f} hours")
+    corpora = dict.fromkeys(clip.corpus for clip in cache.manifest.clips)
+    _show_fact("corpora", ", ".join(corpora))
+    given = cache.manifest.n_mels
+    mels = "computed from the audio" if given is None else f"given, {given} bands"
+    _show_fact("audio", f"{cache.sample_rate} Hz, hop {cache.hop_length}, mels {mels}")
 
 
 def _show_models(verify: bool) -> None:

@@ -1,8 +1,8 @@
 """The command `waveflow`: collects its verbs, and turns errors into one line and a status."""
 
 import logging
+import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Annotated, cast
 
@@ -10,7 +10,14 @@ import typer
 
 from waveflow import __version__
 from waveflow.cli.bench import bench
-from waveflow.cli.console import NoteHandler, note, show
+from waveflow.cli.console import (
+    NoteHandler,
+    note,
+    note_fault,
+    open_streams,
+    show,
+    to_nowhere,
+)
 from waveflow.cli.convert import convert
 from waveflow.cli.denoise import denoise
 from waveflow.cli.evaluate import evaluate
@@ -20,6 +27,7 @@ from waveflow.cli.prepare import prepare
 from waveflow.cli.synthesis import mel, resynth, vocode
 from waveflow.cli.train import train
 from waveflow.errors import WaveflowError
+from waveflow.files import FULL
 
 DONE, OUR_FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -79,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 2 wrong input, 1 a fault of waveflow, 130 interrupted.
     """
+    open_streams()
     logger = logging.getLogger("waveflow")
     logger.handlers = [NoteHandler()]
     logger.setLevel(logging.WARNING)
@@ -94,9 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = status if isinstance(status, int) else DONE
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
+    except (SystemExit, BrokenPipeError):
+        # The reader of stdout, such as `head`, wants no more; click ends with 1 there.
+        to_nowhere(sys.stdout)
+        status = DONE
     except Exception as error:
         if state["debug"]:
-            traceback.print_exc(file=sys.stderr)
+            note_fault(error)
         status = _explain(error)
     if status == INTERRUPTED:
         note("interrupted")
@@ -111,8 +124,9 @@ def _explain(error: Exception) -> int:
     if isinstance(error, WaveflowError):
         note(str(error))
         return USER_ERROR
-    if isinstance(error, OSError) and error.filename is not None:
-        note(f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        note(f"{where}{error.strerror}")
         return USER_ERROR
     reason = (str(error).splitlines() or [""])[0]
     note(f"internal error ({type(error).__name__}): {reason} (waveflow --debug shows where)")

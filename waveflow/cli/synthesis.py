@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from waveflow.cli import options
+from waveflow.cli.console import closed
 from waveflow.cli.jobs import errors_of, note_about, plan_jobs, run_jobs
 from waveflow.errors import ConfigError, MelMismatchError
 from waveflow.processes import check_alone
@@ -134,9 +135,9 @@ def _stream(source: Path, out: Path, speaking: Speaking) -> None:
     if out != PIPE:
         check_audio_name(out, speaking.float32)
         options.check_writable(out)
-    for stream in (sys.stdin, sys.stdout):
-        if stream is None:
-            raise ConfigError("- stands for stdin and stdout, and one of them is closed")
+    for path, stream in ((source, "stdin"), (out, "stdout")):
+        if path == PIPE and stream in closed:
+            raise ConfigError(f"- stands for {stream} here, which is closed")
     vocoder = speaking.vocoder()
     name = "stdin" if source == PIPE else str(source)
     mels = read_mels(sys.stdin.buffer) if source == PIPE else [read_mel(source)]
