@@ -848,10 +848,19 @@ def test_nothing_is_replaced(run: Run, tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     (tmp_path / "link").symlink_to(folder)
     before = sorted(tmp_path.rglob("*"))
-    for out in (folder, tmp_path / "link", source, tmp_path / "no" / "where"):
+    for out in (folder, tmp_path / "link", source):
         status, _, err = run("convert", source, "-o", out)
         assert status == 2 and str(out) in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_parents_are_made(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "models" / "small"
+    assert run("convert", SMALL / "state_dict.safetensors", "-o", out)[0] == 0
+    assert (out / "model.safetensors").is_file()
+    (tmp_path / "file").touch()
+    status, _, err = run("convert", SMALL / "state_dict.safetensors", "-o", tmp_path / "file" / "x")
+    assert status == 2 and str(tmp_path / "file") in err
 
 
 def test_a_refused_file_leaves_no_folder(run: Run, tmp_path: Path) -> None:

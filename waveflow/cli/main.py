@@ -71,7 +71,8 @@ def _waveflow(
     """
     context.obj["debug"] = debug
     if context.invoked_subcommand is None:
-        show(context.get_help())
+        for line in context.get_help().splitlines():
+            show(line)
 
 
 for _verb in (vocode, resynth, mel, denoise, prepare, train, evaluate, bench, info, convert):
