@@ -215,7 +215,7 @@ def test_a_dc_offset_is_removed_and_named(tmp_path: Path, vocoder: Vocoder, name
     # Away from steps, where an offset begins or a tone is cut, the voice is as it was.
     middle = slice(len(voice) // 4 + 2000, -2000) if len(voice) > 10000 else slice(1500, -1500)
     assert np.abs(audio - voice)[middle].max() < 0.01
-    assert abs(audio[middle].mean()) < 1e-3
+    assert abs(audio[middle].mean()) < 2e-3
     with pytest.warns(VocoderWarning, match="DC offset of") as caught:
         copied = vocoder.mel_to_copy(voice + shift)
     assert [warning.filename for warning in caught] == [__file__]

@@ -118,7 +118,7 @@ def check_range(low: float, high: float, most: float = MOST_PEAK) -> None:
         raise AudioError("this audio holds NaN or infinite samples")
     if peak > most:
         raise AudioError(
-            f"this audio has a peak of {peak:.4g}, and samples lie in [-1, 1]: "
+            f"this audio has a peak of {peak:.5g}, and samples lie in [-1, 1]: "
             "divide 16-bit samples by 32768, or give them as integers"
         )
 
