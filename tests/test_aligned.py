@@ -11,7 +11,7 @@ import torch
 from conftest import make_voice
 from tiny_training import HOP, MEL, MODEL, RATE, perturbed
 
-from waveflow.audio.io import read_audio
+from waveflow.audio.io import read_audio, read_channel
 from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.cli.main import main
 from waveflow.data import clips as clips_module
@@ -36,12 +36,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def count(path: Path) -> tuple[np.ndarray, int, list[str]]:
         names.append(Path(path).name)
-        return read_audio(path)
+        return read_channel(path)
 
     def ramp(audio: np.ndarray, rate: int, hop: int) -> np.ndarray:
         return np.arange(1, len(audio) // hop + 1, dtype=np.float32)
 
-    monkeypatch.setattr(clips_module, "read_audio", count)
+    monkeypatch.setattr(clips_module, "read_channel", count)
     monkeypatch.setattr(clips_module, "track_f0", ramp)
     return names
 

@@ -225,7 +225,9 @@ def test_strength_out_of_range(strength: float) -> None:
         (torch.zeros(0), "not empty"),
         (torch.zeros(1, 1, 100), r"not \(1, 1, 100\)"),
         (torch.full((100,), torch.nan), "NaN"),
-        (torch.zeros(100, dtype=torch.int16), "not torch.int16: divide"),
+        (torch.zeros(100, dtype=torch.int64), "int64 does not tell its range"),
+        (torch.full((100,), 9000.0), "peak of 9000"),
+        (torch.zeros(100, 2), "samples, channels"),
     ],
 )
 def test_wrong_audio_is_refused(audio: Tensor, message: str) -> None:

@@ -17,7 +17,7 @@ import soundfile
 import torch.distributed
 from conftest import make_voice
 
-from waveflow.audio.io import read_audio
+from waveflow.audio.io import read_channel
 from waveflow.audio.mel import MelConfig
 from waveflow.cli.main import main
 from waveflow.data import archives
@@ -76,9 +76,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def count(path: Path) -> tuple[np.ndarray, int, list[str]]:
         names.append(Path(path).name)
-        return read_audio(path)
+        return read_channel(path)
 
-    monkeypatch.setattr(clips_module, "read_audio", count)
+    monkeypatch.setattr(clips_module, "read_channel", count)
     monkeypatch.setattr(
         clips_module, "track_f0", lambda audio, rate, hop: np.zeros(len(audio) // hop, np.float32)
     )

@@ -122,7 +122,8 @@ def load_checkpoint(folder: Path, verify: bool = True) -> tuple[ModelConfig, Flo
     folder = resolve_run(folder, "best")
     files = read_files(folder, verify)
     config = parse_config(files[CONFIG], folder / CONFIG)
-    flow = build_flow(config.model, config.mel)
+    # Inputs are float32, whatever torch's default type is when a model is loaded.
+    flow = build_flow(config.model, config.mel).float()
     load_weights(flow, parse_tensors(files[WEIGHTS], folder / WEIGHTS), folder)
     return config, flow.eval()
 

@@ -38,7 +38,7 @@ def draw_noise(
         row = []
         for block in blocks:
             generator.manual_seed(_mix_seed(seed, block))
-            row.append(torch.randn(size, generator=generator))
+            row.append(torch.randn(size, generator=generator, dtype=torch.float32))
         rows.append(torch.cat(row)[begin : begin + n_frames * hop_length])
     return torch.stack(rows)
 

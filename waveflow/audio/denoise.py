@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from waveflow.audio.mel import MelConfig, MelSpectrogram
+from waveflow.audio.samples import audio_tensor, check_range, check_shape
 from waveflow.audio.stft import frame, hann_window, istft, stft
 from waveflow.errors import AudioError, ConfigError
 
@@ -107,7 +108,7 @@ class Denoiser:
             (T,) or (B, T), float32 or float64.
 
         Raises:
-            AudioError: If the audio has another shape, is empty, not of floats, or not finite.
+            AudioError: If the audio has another shape, is empty, not finite, or far beyond [-1, 1].
             ConfigError: If the strength is out of range.
         """
         if not 0 <= strength <= 10:
@@ -144,18 +145,16 @@ def _bias_mel(config: MelConfig, bias: Bias) -> Tensor:
     if bias == "zeros":
         return torch.zeros(shape)
     if bias == "normal":
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     return MelSpectrogram(config)(torch.zeros(1, _BIAS_FRAMES * config.hop_length))
 
 
 def _checked(audio: Tensor) -> Tensor:
-    """Audio as (B, T), float32 or float64."""
-    if audio.dim() not in (1, 2) or not audio.numel():
-        raise AudioError(f"audio is (T,) or (B, T) and not empty, not {tuple(audio.shape)}")
-    if not audio.is_floating_point():
-        raise AudioError(f"audio is floats in [-1, 1], not {audio.dtype}: divide integers by 2^15")
-    if not torch.isfinite(audio).all():
-        raise AudioError("this audio holds NaN or infinite samples")
+    """Audio as (B, T), float32 or float64; integers are scaled by their type's range."""
+    audio = audio_tensor(audio)
+    check_shape(audio.shape)
+    low, high = audio.aminmax()
+    check_range(float(low), float(high))
     if audio.dtype in (torch.float16, torch.bfloat16):
         audio = audio.float()
     return torch.atleast_2d(audio)

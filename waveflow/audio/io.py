@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import soundfile
 
+from waveflow.audio.samples import check_range, mixed_down, without_offset
 from waveflow.errors import AudioError, DataError, MelMismatchError, WaveflowError
 from waveflow.files import output_path
 
@@ -54,7 +55,7 @@ def list_names(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> list[
 def read_audio(
     path: str | os.PathLike[str], sample_rate: int | None = None
 ) -> tuple[np.ndarray, int, list[str]]:
-    """Reads an audio file as one channel.
+    """Reads an audio file as one channel without a DC offset.
 
     Args:
         path: Any file that libsndfile reads.
@@ -65,8 +66,24 @@ def read_audio(
         the changes on the way, in words ("2 channels mixed down to one").
 
     Raises:
-        AudioError: If the file is missing, no audio, shorter than two samples, or not finite.
+        AudioError: If the file is missing, no audio, shorter than two samples, not finite, or
+            holds floats far beyond [-1, 1].
     """
+    audio, rate, notes = read_channel(path)
+    n_read = audio.size
+    audio, offset_notes = without_offset(audio, rate)
+    notes += offset_notes
+    if sample_rate is not None and rate != sample_rate:
+        audio = resample(audio, rate, sample_rate)
+        notes.append(f"resampled from {rate} Hz to {sample_rate} Hz")
+        rate = sample_rate
+    if audio.size < 2:
+        raise _too_short(path, n_read)
+    return np.ascontiguousarray(audio), rate, notes
+
+
+def read_channel(path: str | os.PathLike[str]) -> tuple[np.ndarray, int, list[str]]:
+    """`read_audio` at the file's own rate, with its DC offset."""
     path = _existing_file(path, AudioError)
     try:
         channels, rate = soundfile.read(path, dtype="float32", always_2d=True)
@@ -76,20 +93,18 @@ def read_audio(
         raise AudioError(f"{path} is not an audio file that can be read: {reason}") from error
     if channels.shape[0] == 0:
         raise AudioError(f"{path} holds no audio: 0 samples")
-    if not np.isfinite(channels).all():
-        raise AudioError(f"{path} holds NaN or infinite samples; export it again")
-    notes = []
-    audio = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
-    if channels.shape[1] > 1:
-        notes.append(f"{channels.shape[1]} channels mixed down to one")
-    n_read = audio.size
-    if sample_rate is not None and rate != sample_rate:
-        audio = resample(audio, rate, sample_rate)
-        notes.append(f"resampled from {rate} Hz to {sample_rate} Hz")
-        rate = sample_rate
-    if min(n_read, audio.size) < 2:
-        raise AudioError(f"{path} is too short: {n_read} sample(s) at its own rate")
-    return np.ascontiguousarray(audio), rate, notes
+    try:
+        check_range(channels.min(), channels.max())
+    except AudioError as error:
+        raise AudioError(f"{path}: {error}") from error
+    audio, notes = mixed_down(channels)
+    if audio.size < 2:
+        raise _too_short(path, audio.size)
+    return audio, rate, notes
+
+
+def _too_short(path: str | os.PathLike[str], n_samples: int) -> AudioError:
+    return AudioError(f"{path} is too short: {n_samples} sample(s) at its own rate")
 
 
 def resample(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
@@ -233,13 +248,18 @@ def write_mel(path: str | os.PathLike[str], mel: np.ndarray) -> None:
     """Writes a mel (n_mels, F) as float32 .npy, never half written.
 
     Raises:
-        MelMismatchError: If the suffix is another, or the folder is missing or cannot be written.
+        MelMismatchError: If the suffix is another, the mel is not finite, or the folder is missing
+            or cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() != ".npy":
         raise MelMismatchError(f"cannot write {path}: the name of a mel file must end in .npy")
+    with np.errstate(over="ignore"):  # values that overflow are refused as infinite
+        mel = np.asarray(mel, dtype=np.float32)
+    if not np.isfinite(mel).all():
+        raise MelMismatchError(f"cannot write {path}: the mel holds NaN or infinite values")
     with _writing(path, MelMismatchError) as temporary:
-        np.save(temporary, np.asarray(mel, dtype=np.float32), allow_pickle=False)
+        np.save(temporary, mel, allow_pickle=False)
 
 
 def _as_mel(mel: np.ndarray, name: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from waveflow.audio.mel_config import MEL_PRESETS as MEL_PRESETS
 from waveflow.audio.mel_config import MelConfig as MelConfig
+from waveflow.audio.samples import audio_tensor, check_shape
 from waveflow.audio.stft import hann_values, stft
 from waveflow.buffers import ExactBuffers
 
@@ -76,16 +77,24 @@ class MelSpectrogram(ExactBuffers):
     def forward(self, audio: Tensor) -> Tensor:
         """Natural logarithm of the mel, floored at log(log_floor).
 
+        The values are not looked at, because training would wait for them: `Vocoder.mel` does.
+
         Args:
-            audio: (B, T) or (T,) in [-1, 1] at the config's sample rate.
+            audio: (B, T) or (T,) in [-1, 1] at the config's sample rate; integers are scaled by
+                their type's range.
 
         Returns:
             (B, n_mels, F) or (n_mels, F) with F = config.n_frames(T).
+
+        Raises:
+            AudioError: another shape, such as (T, channels), or no real numbers.
         """
         return self.linear(audio).clamp_min(self.config.log_floor).log()
 
     def linear(self, audio: Tensor) -> Tensor:
         """The mel before its logarithm; shapes as in `forward`."""
+        audio = audio_tensor(audio)
+        check_shape(audio.shape)
         if audio.dtype in (torch.float16, torch.bfloat16):
             audio = audio.float()
         batched = torch.atleast_2d(audio)

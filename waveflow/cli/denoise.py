@@ -119,7 +119,8 @@ def _of_noise(path: Path) -> Callable[[int], "Denoiser"]:
     from waveflow.audio.denoise import Denoiser, n_fft_at
     from waveflow.audio.io import read_audio, resample
 
-    noise, noise_rate, _ = read_audio(path)
+    noise, noise_rate, changes = read_audio(path)
+    note_about(path, changes)
 
     @lru_cache
     def denoiser_at(rate: int) -> Denoiser:

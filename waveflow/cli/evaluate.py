@@ -57,6 +57,8 @@ def evaluate(
     with counting("clips", group) as progress, warnings.catch_warnings():
         # One line for each clipped copy would drown the table.
         warnings.simplefilter("ignore", VocoderWarning)
+        # STOI of a short clip, which counts as not measured.
+        warnings.filterwarnings("ignore", "Not enough STFT frames")
         clips = measure_clips(vocoder, group.share(files), sample, progress)
     shares = group.gather("clips", CLIPS.dump_python(clips))
     if shares is None:

@@ -16,7 +16,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 
 from waveflow.audio.f0 import track_f0
-from waveflow.audio.io import MEL_SUFFIXES, read_audio, read_mel, resample, to_int16
+from waveflow.audio.io import MEL_SUFFIXES, read_channel, read_mel, resample, to_int16
+from waveflow.audio.samples import without_offset
 from waveflow.errors import AudioError, DataError, MelMismatchError
 from waveflow.files import atomic_path
 
@@ -40,6 +41,9 @@ MOST_CLIPPED = 0.01
 # Frames. Acoustic models under teacher forcing miss a clip's end by a few; a mel that misses it by
 # more belongs to another clip.
 MOST_FRAMES_OFF = 3
+
+# Changes when recordings are read in another way, so that results from before are made again.
+_READING = "without DC offset"
 
 # Errors of reading a part that is cut short or overwritten.
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
@@ -142,7 +146,7 @@ def clip_key(
     path: Path, sample_rate: int, hop_length: int, f0_settings: dict, mel: GivenMel | None
 ) -> str:
     """Returns a name for the result of a file, which changes with it, its mel or a setting."""
-    parts: list[object] = [*_version(path), sample_rate, hop_length, f0_settings]
+    parts: list[object] = [_READING, *_version(path), sample_rate, hop_length, f0_settings]
     if mel is not None:
         mel_path = mel.path()
         parts += [mel.n_mels, mel.extra_frames, mel_path and _version(mel_path)]
@@ -197,13 +201,15 @@ def read_clip(task: ClipTask) -> Clip | Refusal:
     if isinstance(mel, Refusal):
         return mel
     try:
-        audio, source_rate, notes = read_audio(path)
+        audio, source_rate, notes = read_channel(path)
     except AudioError as error:
         return Refusal(reason="unreadable", detail=str(error))
     clipped = clipped_share(audio)
     if clipped > MOST_CLIPPED:
         detail = f"{path} is clipped: {100 * clipped:.1f} % of its samples stay at full scale"
         return Refusal(reason="clipped", detail=detail)
+    audio, offset_notes = without_offset(audio, source_rate)  # which moves what is clipped
+    notes += offset_notes
     if source_rate != task.sample_rate:
         audio = resample(audio, source_rate, task.sample_rate)
         notes.append(f"resampled from {source_rate} Hz to {task.sample_rate} Hz")

@@ -1,12 +1,21 @@
 """Checks a vocoder's inputs, once, and turns them into tensors on its device."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from waveflow.errors import AudioError, MelMismatchError
+from waveflow.audio.samples import MOST_PEAK, audio_tensor, check_range, check_shape
+from waveflow.errors import MelMismatchError
+
+# A frame of one value is silence at the floor of some convention, or padding. Frames of natural
+# logarithms are silence below -8 and go down to -23.03, a floor of 1e-10.
+_LOUDEST_SILENCE = -8.0
+_LEAST_LOGARITHM = -24.0
+# Of fewer bands equal values are no wonder.
+_FEWEST_BANDS = 8
 
 
 def checked_mel(
@@ -15,9 +24,10 @@ def checked_mel(
     """(B, M, F) float32 on the device, padding zeroed; and whether the batch axis was added.
 
     Raises:
-        MelMismatchError: wrong number of bands, shape, or values that are not finite.
+        MelMismatchError: wrong number of bands, shape, or values that are no real numbers or not
+            finite.
     """
-    batch = _as_tensor(mel, device)
+    batch = _mel_tensor(mel, device)
     squeezed = batch.dim() == 2
     batch = batch[None] if squeezed else batch
     if batch.dim() != 3:
@@ -60,23 +70,71 @@ def checked_lengths(
     return frames.long()
 
 
-def checked_audio(audio: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """(T,) or (B, T) float32 on the device.
+def checked_audio(audio: Any, device: torch.device, most_peak: float = MOST_PEAK) -> Tensor:
+    """(T,) or (B, T) float32 on the device; integers are scaled by their type's range.
 
     Raises:
-        AudioError: another shape, empty, or samples that are not finite.
+        AudioError: another shape, empty, no real numbers, samples that are not finite or beyond
+            `most_peak`.
     """
-    samples = _as_tensor(audio, device)
-    if samples.dim() not in (1, 2) or not samples.numel():
-        raise AudioError(f"audio is (T,) or (B, T) and not empty, not {tuple(samples.shape)}")
-    if not torch.isfinite(samples).all():
-        raise AudioError("this audio holds NaN or infinite samples")
+    samples = audio_tensor(audio).detach().to(device, torch.float32)
+    check_shape(samples.shape)
+    low, high = samples.aminmax()
+    check_range(float(low), float(high), most_peak)
     return samples
 
 
-def _as_tensor(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    if isinstance(values, np.ndarray):
+def silence_padding(
+    mel: Tensor, floor: float, lengths: Tensor | None = None, after_speech: bool = False
+) -> tuple[Tensor, int]:
+    """A mel (B, M, F) with silence in the place of padding, and the number of such frames.
+
+    Padding is a frame with one value in all bands, which is no silence: 0.0 would be loud noise.
+    A mel that has no other frames, or no logarithms, is left as it is.
+
+    Args:
+        floor: the value of silence.
+        lengths: (B,), frames of each item; what lies beyond is not looked at.
+        after_speech: the mel goes on from a piece with other frames.
+    """
+    low, high = mel.aminmax(dim=1)
+    padding = (low == high) & ((high > _LOUDEST_SILENCE) | (high < _LEAST_LOGARITHM))
+    if mel.shape[1] < _FEWEST_BANDS or not padding.any():
+        return mel, 0
+    inside = torch.ones_like(padding)
+    if lengths is not None:
+        inside = torch.arange(mel.shape[2], device=mel.device) < lengths[:, None]
+    padding &= inside
+    others = low[inside & ~padding]
+    if not (after_speech if others.numel() == 0 else bool((others < 0).any())):
+        return mel, 0
+    return mel.masked_fill(padding[:, None], floor), int(padding.sum())
+
+
+def padding_notes(n_padding: int, n_frames: int) -> list[str]:
+    """A note on the frames that `silence_padding` has changed."""
+    if not n_padding:
+        return []
+    return [
+        f"{n_padding} of {n_frames} frames hold one value in all bands: they were taken for "
+        "padding and made silent"
+    ]
+
+
+def _mel_tensor(mel: Any, device: torch.device) -> Tensor:
+    """float32 on the device, of anything that holds real numbers."""
+    try:
+        if isinstance(mel, Tensor):
+            values = mel.detach().to_dense()
+            if values.is_complex() or values.dtype == torch.bool:
+                raise TypeError(f"it is of {values.dtype}")
+            return values.to(device, torch.float32)
+        array = np.asarray(mel)
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"it is of {array.dtype}, {type(mel).__name__}")
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise MelMismatchError(f"a mel is an array of real numbers: {reason}") from error
+    with np.errstate(over="ignore"):  # values that overflow are refused as infinite
         # A copy: torch takes no reversed, byte-swapped or read-only arrays.
-        with np.errstate(over="ignore"):  # values that overflow are refused as infinite
-            values = torch.from_numpy(np.array(values, np.float32, order="C"))
-    return torch.as_tensor(values, dtype=torch.float32, device=device).detach()
+        return torch.from_numpy(np.array(array, np.float32, order="C")).to(device)

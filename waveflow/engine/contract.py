@@ -42,7 +42,7 @@ def each_item(
         hop_length: audio samples for each frame.
         z, mel, lengths, state: a decoder's arguments.
     """
-    audio = torch.zeros(z.shape[0], z.shape[1] * z.shape[2])
+    audio = torch.zeros(z.shape[0], z.shape[1] * z.shape[2], dtype=torch.float32)
     frames = [mel.shape[2]] * len(mel) if lengths is None else lengths.tolist()
     for i, n_frames in enumerate(frames):
         item = slice(i, i + 1)

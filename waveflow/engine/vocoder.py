@@ -13,13 +13,21 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from waveflow.audio.conventions import describe_foreign_mel
 from waveflow.audio.denoise import Bias, Denoiser
 from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.audio.refine import MelRefinement
+from waveflow.audio.samples import MOST_PEAK_OF_DRAW, offset_of, without_offset
 from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint
-from waveflow.engine.checks import checked_audio, checked_lengths, checked_mel
+from waveflow.engine.checks import (
+    checked_audio,
+    checked_lengths,
+    checked_mel,
+    padding_notes,
+    silence_padding,
+)
 from waveflow.engine.contract import Decoder
 from waveflow.engine.decoder import (
     Precision,
@@ -32,6 +40,7 @@ from waveflow.engine.options import OWN_OPTIONS, Speech, SynthesisOptions
 from waveflow.engine.streaming import WINDOW_FRAMES, WindowedSynthesis, window_context
 from waveflow.errors import AudioError, CheckpointError, ConfigError, MelMismatchError
 from waveflow.flow import Flow
+from waveflow.models.registry import build_flow
 from waveflow.pretrained import model_folder
 
 logger = logging.getLogger(__name__)
@@ -41,7 +50,7 @@ _CALLER = 3
 
 
 class VocoderWarning(UserWarning):
-    """Tells the listener of a foreign mel or of clipped samples."""
+    """Tells the listener of a foreign mel, of clipped samples, and of what was mended."""
 
 
 class Vocoder:
@@ -85,10 +94,10 @@ class Vocoder:
         self.sample_rate = config.mel.sample_rate
         self.hop_length = config.mel.hop_length
         self.refine_steps = config.synthesis.refine_steps
-        self.mel_spectrogram = MelSpectrogram(config.mel)
+        self.mel_spectrogram = MelSpectrogram(config.mel).float()
         self.refinement = MelRefinement(
             config.mel, config.synthesis.refine_power, config.synthesis.refine_momentum
-        )
+        ).float()
 
     @property
     def device(self) -> torch.device:
@@ -105,10 +114,30 @@ class Vocoder:
 
     def __getstate__(self) -> dict[str, object]:
         # Packed weights cannot be copied; a copy makes its own.
-        return self.__dict__ | {"_decoder": None, "_denoisers": {}}
+        state = self.__dict__ | {"_decoder": None, "_denoisers": {}}
+        if any(map(is_parametrized, self.flow.modules())):  # torch pickles none of these
+            state["flow"] = self.flow.state_dict()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not isinstance(self.flow, Flow):
+            weights, self.flow = self.flow, build_flow(self.config.model, self.config.mel)
+            self.flow.load_state_dict(weights, assign=True)
+            # For constants that are no part of the weights.
+            self.flow.to(self.device).eval()
 
     def to(self, device: str | torch.device) -> "Vocoder":
-        """Moves the model. Inputs are moved to its device; results stay there."""
+        """Moves the model. Inputs are moved to its device; results stay there.
+
+        Raises:
+            ConfigError: no such device. A precision is none: `load` takes one.
+        """
+        if not isinstance(device, str | int | torch.device):
+            raise ConfigError(
+                f"to({device!r}): a vocoder is moved to a device; load(precision=...) chooses the "
+                "precision"
+            )
         try:
             for module in (self.flow, self.mel_spectrogram, self.refinement):
                 module.to(device)
@@ -124,6 +153,11 @@ class Vocoder:
             f"{self.hop_length}, {config.mel.n_mels} mel bands, {self.device}"
             f"{'' if self.folder is None else f', {self.folder.name}'})"
         )
+
+    @property
+    def _silence(self) -> float:
+        """The value of a mel where nothing is heard."""
+        return math.log(self.mel_config.log_floor)
 
     def __call__(
         self,
@@ -150,8 +184,7 @@ class Vocoder:
             ConfigError: an option out of range, or a part of the flow that declares no context.
         """
         speech = self.synthesise(mel, options.changed(changes), lengths)
-        for note in speech.notes:
-            warnings.warn(note, VocoderWarning, stacklevel=2)
+        _warn_caller(speech.notes)
         return speech.audio if speech.n_samples is None else (speech.audio, speech.n_samples)
 
     def synthesise(
@@ -163,7 +196,9 @@ class Vocoder:
         """As `__call__`, with its warnings as notes in the result: for servers and threads."""
         frames = None if lengths is None else checked_lengths(mel, lengths, self.device)
         batch, squeezed = checked_mel(mel, self.mel_config.n_mels, self.device, frames)
+        batch, n_padding = silence_padding(batch, self._silence, frames)
         notes = self._foreign_notes(batch, frames)
+        notes += padding_notes(n_padding, batch.shape[0] * batch.shape[2])
         audio = self._all_of(self._synthesis(len(batch), options, frames), batch)
         notes += _clipping_notes(_n_clipped(audio, batch, notes), audio.numel())
         audio.clamp_(-1, 1)
@@ -242,17 +277,30 @@ class Vocoder:
         **changes: Any,
     ) -> Tensor:
         """Copy-synthesis: audio (T,) to its mel, and new audio (T,) from the mel alone."""
-        mel = self.mel_to_copy(audio)
-        return self(mel, options.changed(changes))[: audio.shape[0]]
+        mel, notes = self._mel_to_copy(audio)
+        speech = self.synthesise(mel, options.changed(changes))
+        _warn_caller(notes + speech.notes)
+        return speech.audio[: len(audio)]
+
+    def mel_to_copy(self, audio: Tensor | np.ndarray) -> Tensor:
+        """The mel (M, F) of audio (T,) extended by zeros to F whole hops.
+
+        A DC offset is removed first, with a warning: the copy would have rumble in its place.
+        """
+        mel, notes = self._mel_to_copy(audio)
+        _warn_caller(notes)
+        return mel
 
     @torch.no_grad()
-    def mel_to_copy(self, audio: Tensor | np.ndarray) -> Tensor:
-        """The mel (M, F) of audio (T,) extended by zeros to F whole hops."""
+    def _mel_to_copy(self, audio: Tensor | np.ndarray) -> tuple[Tensor, list[str]]:
         samples = checked_audio(audio, self.device)
         if samples.dim() != 1:
             raise AudioError(f"resynth takes one waveform (T,), not {tuple(samples.shape)}")
+        mended, notes = without_offset(samples.cpu().numpy(), self.sample_rate)
+        if notes:
+            samples = torch.from_numpy(mended).to(samples)
         padded = torch.nn.functional.pad(samples, (0, -len(samples) % self.hop_length))
-        return self.mel(padded)[:, : len(padded) // self.hop_length]
+        return self.mel_spectrogram(padded)[:, : len(padded) // self.hop_length], notes
 
     def example_mel(self) -> Tensor | None:
         """The mel (M, F) of a validation clip that came with the model; None where none did."""
@@ -280,10 +328,17 @@ class Vocoder:
             )
         return self._denoisers[bias]
 
-    @torch.no_grad()
     def mel(self, audio: Tensor | np.ndarray) -> Tensor:
-        """The mel (B, M, F) or (M, F) of audio (B, T) or (T,) in this model's convention."""
-        return self.mel_spectrogram(checked_audio(audio, self.device))
+        """The mel (B, M, F) or (M, F) of audio (B, T) or (T,) in this model's convention.
+
+        A warning tells of a DC offset, which becomes rumble in speech made from the mel.
+        """
+        samples = checked_audio(audio, self.device)
+        items = torch.atleast_2d(samples).cpu().numpy()
+        offset = max(offset_of(item, self.sample_rate) for item in items)
+        if offset:
+            _warn_caller([f"this audio has a DC offset of {offset:.1g}, and its mel gives rumble"])
+        return self.mel_spectrogram(samples)
 
     @torch.no_grad()
     def log_prob(self, audio: Tensor | np.ndarray, mel: Tensor | np.ndarray) -> Tensor:
@@ -312,11 +367,12 @@ class Vocoder:
         expected = (len(batch), channels, batch.shape[2] * self.hop_length // channels)
         if tuple(z.shape) != expected:
             raise MelMismatchError(f"z is {tuple(z.shape)}; this mel needs {expected}")
-        return self.decoder(z.to(self.device), batch)
+        # Decoders run in inference mode, and training cannot use a tensor of it.
+        return self.decoder(z.to(self.device), batch).clone()
 
     def _pair(self, audio: Tensor | np.ndarray, mel: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
         """Audio (B, T) and mel (B, M, F) cut to the same whole hops."""
-        samples = checked_audio(audio, self.device)
+        samples = checked_audio(audio, self.device, MOST_PEAK_OF_DRAW)
         samples = samples[None] if samples.dim() == 1 else samples
         batch, _ = checked_mel(mel, self.mel_config.n_mels, self.device)
         n_frames = samples.shape[1] // self.hop_length
@@ -360,6 +416,7 @@ class Vocoder:
     ) -> Iterator[Tensor]:
         foreign: list[str] = []
         n_clipped, n_samples = 0, 0
+        n_padding, n_frames = 0, 0
 
         def clipped(pieces: Iterator[Tensor], mel: Tensor) -> Iterator[Tensor]:
             nonlocal n_clipped, n_samples
@@ -373,6 +430,8 @@ class Vocoder:
             piece, _ = checked_mel(mel, self.mel_config.n_mels, self.device)
             if len(piece) != 1:
                 raise MelMismatchError(f"a stream is of one mel (M, f), not {tuple(piece.shape)}")
+            piece, more = silence_padding(piece, self._silence, after_speech=n_frames > n_padding)
+            n_padding, n_frames = n_padding + more, n_frames + piece.shape[2]
             if not foreign:
                 foreign += self._foreign_notes(piece)
                 for note in foreign:
@@ -381,7 +440,7 @@ class Vocoder:
         if piece is None:
             raise MelMismatchError("this stream is empty: it holds no mel")
         yield from clipped(synthesis.finish(), piece)
-        for note in _clipping_notes(n_clipped, n_samples):
+        for note in padding_notes(n_padding, n_frames) + _clipping_notes(n_clipped, n_samples):
             on_note(note)
 
     def _foreign_notes(self, batch: Tensor, lengths: Tensor | None = None) -> list[str]:
@@ -397,6 +456,12 @@ class Vocoder:
             if found is not None:
                 return [f"this mel looks {found}; the model takes natural logarithms of magnitudes"]
         return []
+
+
+def _warn_caller(notes: Sequence[str]) -> None:
+    """Makes warnings of notes, which name the line that called the vocoder's method."""
+    for note in notes:
+        warnings.warn(note, VocoderWarning, stacklevel=_CALLER)
 
 
 def _warn(note: str) -> None:

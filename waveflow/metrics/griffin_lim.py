@@ -92,7 +92,7 @@ def griffin_lim(
         return istft(spectrum, c.n_fft, c.hop_length, window, c.padding, length=n_samples)
 
     generator = torch.Generator().manual_seed(seed)
-    angle = 2.0 * math.pi * torch.rand(magnitude.shape, generator=generator)
+    angle = 2.0 * math.pi * torch.rand(magnitude.shape, generator=generator, dtype=torch.float32)
     phase = torch.polar(torch.ones_like(angle), angle)
     previous = torch.zeros_like(phase)
     for _ in range(n_iter):

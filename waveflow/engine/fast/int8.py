@@ -108,7 +108,7 @@ def speech_like_mel(n_mels: int, n_frames: int = 64) -> Tensor:
     level = -11.5 + 12.5 * torch.sin(torch.pi * (frames + 0.5) / n_frames) ** 0.5
     tilt = -3.0 * bands / n_mels * torch.sin(2 * torch.pi * frames / 16)
     harmonics = torch.cos(bands * (0.8 + 0.2 * torch.sin(frames / 9)))
-    noise = 0.5 * torch.randn(n_mels, n_frames, generator=generator)
+    noise = 0.5 * torch.randn(n_mels, n_frames, generator=generator, dtype=torch.float32)
     return (level + tilt + harmonics + noise).clamp(min=-11.5)
 
 

@@ -156,7 +156,7 @@ class _Network:
         """x (L, in_channels) and rows of the condition to (L, out_channels)."""
         inside = slice(self._padding, self._padding + len(x))
         # The rows before and after a layer, with zeros at both ends of each.
-        here, there = torch.zeros(2, len(x) + 2 * self._padding, self._start.shape[1])
+        here, there = x.new_zeros(2, len(x) + 2 * self._padding, self._start.shape[1])
         torch.addmm(self._start_bias, x, self._start, out=here[inside])
         result = self._bias.repeat(len(x), 1)
         x_and_ones = F.pad(F.pad(x, (0, 1), value=1), (0, 0, self._padding, self._padding))
