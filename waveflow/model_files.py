@@ -210,7 +210,8 @@ def resolve_run(folder: Path, which: str) -> Path:
 
 def run_checkpoints(run: Path) -> list[Path]:
     """Returns all checkpoints of a run folder, whole or not, the newest first."""
-    return sorted(run.glob("step-*"), reverse=True)
+    # A link is none of them: it could lead anywhere.
+    return sorted((f for f in run.glob("step-*") if not f.is_symlink()), reverse=True)
 
 
 def first_problem(error: ValidationError) -> str:

@@ -30,7 +30,7 @@ from waveflow.limits import (
 from waveflow.torchfile.container import ITEM_SIZE, open_torch_file
 from waveflow.torchfile.unpickle import Record, TensorRef
 
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "DoubleStorage": np.dtype("<f8"),
     "FloatStorage": np.dtype("<f4"),
     "HalfStorage": np.dtype("<f2"),
@@ -54,11 +54,13 @@ def decode_audio(path: Path) -> tuple[np.ndarray, int, list[str]]:
         AudioError: larger than the limits, or of a rate that no recording has.
         Others: of soundfile, for what is no audio; OSError.
     """
-    with soundfile.SoundFile(path) as file:
+    # As bytes, since soundfile takes only names that are UTF-8.
+    name = os.fsencode(path) if os.name == "posix" else path
+    with soundfile.SoundFile(name) as file:
         if file.frames:
             return _samples(file, path), file.samplerate, []
     mended = _closed_wav(path)
-    with soundfile.SoundFile(path if mended is None else mended) as file:
+    with soundfile.SoundFile(name if mended is None else mended) as file:
         notes = [] if mended is None else ["its header says 0 bytes: read to the end of the file"]
         return _samples(file, path), file.samplerate, notes
 
@@ -207,6 +209,7 @@ def _numbers(tensor: TensorRef, place: int, file: BinaryIO, path: Path) -> np.nd
             f"{path} holds a tensor of shape {tensor.shape} with only {tensor.storage.n_items} "
             "numbers: save it with .contiguous()"
         )
+    dtype: np.dtype[Any] | None
     dtype = np.dtype("<u2") if kind == "BFloat16Storage" else _DTYPES.get(kind)
     if dtype is None:
         raise MelMismatchError(f"{path} holds a tensor of type {kind:.40}, not of real numbers")

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from waveflow.errors import ConfigError, DataError
 from waveflow.files import lock, temporary_folder
@@ -129,7 +129,7 @@ def _extract(archive: Path, folder: Path) -> None:
         # "r|" reads from start to end once. A list of the members would decompress all twice.
         with opener(archive, "rb") as file:
             stream = _Bounded(file, archive)
-            with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar:
+            with tarfile.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_Member) as tar:
                 # Not for safety, which `_checked` sees to, but for permissions as of new files.
                 # Python before 3.11.4 has no filters.
                 tar.extraction_filter = getattr(tarfile, "data_filter", None)
@@ -230,7 +230,7 @@ def _checked(archive: Path, members: Iterable[Member], folder: Path) -> Iterator
             )
         if isinstance(member, zipfile.ZipInfo) and member.compress_type not in _COMPRESSIONS:
             raise DataError(
-                f"{archive}: {name!r:.200} is compressed in a rare way: unpack it yourself"
+                f"{archive}: {name!r:.200} is of a rare compression: unpack it yourself"
             )
         yield member
 

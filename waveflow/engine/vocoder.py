@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from waveflow.audio.denoise import Bias, Denoiser
 from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.audio.refine import MelRefinement
 from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint
+from waveflow.door import check_plain
 from waveflow.engine.checks import checked_audio, checked_lengths, checked_mel
 from waveflow.engine.contract import Decoder
 from waveflow.engine.decoder import (
@@ -501,7 +503,13 @@ def _example_mel(folder: Path) -> Tensor | None:
     from waveflow.audio.io import read_mel
 
     path = folder / EXAMPLE
-    return torch.from_numpy(read_mel(path)) if path.is_file() else None
+    if not os.path.lexists(path):
+        return None
+    try:
+        check_plain(path, folder)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return torch.from_numpy(read_mel(path))
 
 
 def _calibration_mel(folder: Path, config: MelConfig) -> Tensor:
