@@ -26,6 +26,7 @@ import torch
 from waveflow.audio.formats import decode_audio
 from waveflow.audio.io import read_audio, read_mel, read_mels
 from waveflow.audio.mel_config import MEL_PRESETS, MelConfig
+from waveflow.budget import Budget
 from waveflow.checkpoint import CONFIG, MANIFEST, RUN_POINTER, WEIGHTS, load_checkpoint
 from waveflow.cli.main import main
 from waveflow.data import archives
@@ -79,10 +80,14 @@ def cheap(seconds: float = 5, megabytes: float = 100) -> Iterator[None]:
 
 
 def refused(error: type[WaveflowError], words: str, work: Callable[[], object]) -> None:
-    """Calls `work`, which must be refused soon, in one line that has these words."""
+    """Calls `work`, which must be refused soon, in one line that has these words.
+
+    Nothing of torch's state may stay behind: builders switch the gradient off and on.
+    """
     with cheap(), pytest.raises(error, match=words) as caught:
         work()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert torch.is_grad_enabled()
 
 
 # --- limits ---
@@ -177,6 +182,15 @@ def test_a_recipe_has_the_limits_of_the_table(
     monkeypatch.setenv(MODEL_TENSORS.name, "30")
     monkeypatch.setenv(PARAMETERS.name, "1000000")
     refused(ConfigError, limit.name, lambda: build_flow(config, MEL_PRESETS["hifigan"]))
+
+
+@pytest.mark.parametrize("n", [0, 3, 7, 11])
+def test_a_budget_leaves_nothing_behind(n: int) -> None:
+    for config in (FrameGlowConfig(hidden_channels=4), WaveGlowConfig(hidden_channels=4)):
+        budget = Budget(n, 10**9, "spent", ConfigError)
+        refused(
+            ConfigError, "spent", lambda c=config, b=budget: build_flow(c, MEL_PRESETS["nvidia"], b)
+        )
 
 
 def test_the_limits_let_the_largest_models_in() -> None:
