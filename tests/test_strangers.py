@@ -311,9 +311,9 @@ def huge_legacy(path: Path) -> None:
 
 def deep_key(path: Path) -> None:
     """A dict whose key is a tuple of twice a tuple of twice a tuple: hashing it never ends."""
-    pickled = b"\x80\x02})q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
+    pickled = b"\x80\x02)q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/data.pkl", pickled + b"Ns.")
+        archive.writestr("a/data.pkl", pickled + b"}h\x3cNs.")
         archive.writestr("a/version", b"3\n")
 
 
@@ -636,6 +636,13 @@ def announced(kind: bytes, size: int) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT) + bytes(2**20)
 
 
+def long_names(n: int) -> bytes:
+    """Headers that announce the longest name, one after another."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = b"L", 2**16
+    return (info.tobuf(tarfile.GNU_FORMAT) + bytes(2**16)) * n
+
+
 def sparse_map() -> bytes:
     """A sparse file of PAX whose map would have a million entries, and ends at once."""
     info = tarfile.TarInfo("a.wav")
@@ -662,6 +669,7 @@ ARCHIVES: dict[str, tuple[str, Write, str]] = {
     "long_link": (".tar", bytes_file(announced(b"K", 2**34)), "bytes"),
     "pax": (".tar.bz2", bytes_file(bz2.compress(announced(b"x", 2**33))), "bytes"),
     "pax_for_all": (".tar", bytes_file(announced(b"g", 2**30)), "bytes"),
+    "chain": (".tar.gz", bytes_file(gzip.compress(long_names(100) + EMPTY)), "more than"),
     "negative": (".tar", bytes_file(announced(b"L", -5)), "bytes|damaged"),
     "sparse": (".tar", bytes_file(announced(b"S", 10)), "sparse"),
     "sparse_map": (".tar", bytes_file(sparse_map()), "damaged"),
