@@ -27,9 +27,10 @@ from torch import Tensor
 from waveflow.audio.io import read_mel
 from waveflow.cli.main import main
 from waveflow.errors import CheckpointError, MelMismatchError
-from waveflow.foreign import container as container_module
-from waveflow.foreign import reader, sandbox, unpickle
+from waveflow.foreign import reader, sandbox
 from waveflow.foreign.convert import convert
+from waveflow.limits import PICKLE_BYTES
+from waveflow.torchfile import unpickle
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXTENSION = 0xF7
@@ -701,7 +702,7 @@ def test_tensors_without_elements() -> None:
 def test_large_pickles(monkeypatch: pytest.MonkeyPatch, container: str) -> None:
     payload = CONTAINERS[container](two(b"(" + b"N" * 1000 + b"t"))
     assert "no WaveGlow" in refusal(payload)
-    monkeypatch.setattr(container_module, "MAX_PICKLE", 1000)
+    monkeypatch.setenv(PICKLE_BYTES.name, "1000")
     assert "no WaveGlow" not in refusal(payload)
 
 

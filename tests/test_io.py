@@ -208,7 +208,8 @@ def test_bad_mels_are_named(tmp_path):
         with pytest.raises(MelMismatchError, match=words):
             read_mel(tmp_path / f"{name}.npy")
     np.savez(tmp_path / "two.npz", a=mel, b=mel)
-    torch.save({"mel": torch.zeros(4, 5)}, tmp_path / "dict.pt")
+    torch.save({"a": torch.zeros(4, 5), "b": torch.zeros(4, 5)}, tmp_path / "dict.pt")
+    torch.save([torch.zeros(4, 5)], tmp_path / "list.pt")
     (tmp_path / "text.npy").write_text("hello")
     (tmp_path / "text.npz").write_text("hello")
     (tmp_path / "text.pt").write_text("hello")
@@ -217,7 +218,8 @@ def test_bad_mels_are_named(tmp_path):
     (tmp_path / "mel.csv").write_text("1,2")
     for name, words in {
         "two.npz": "a, b",
-        "dict.pt": "holds a dict",
+        "dict.pt": "holds the arrays a, b; keep one",
+        "list.pt": "holds a list; expected one plain tensor",
         "text.npy": "damaged or not",
         "text.npz": "damaged or not",
         "text.pt": "damaged or not",

@@ -12,8 +12,9 @@ TREES = {
 
 # A part imports its own level and those before it.
 LEVELS = [
-    {"errors", "files", "processes"},
-    {"audio", "bijections", "buffers", "context", "decoding", "distributions", "nn"},
+    {"errors", "files", "limits", "door", "processes"},
+    {"torchfile"},
+    {"audio", "bijections", "budget", "buffers", "context", "decoding", "distributions", "nn"},
     {"flow", "model_files", "objective", "pretrained"},
     {"models"},
     {"checkpoint"},
@@ -36,7 +37,7 @@ OPTIONAL = {
 }
 CODE_IN_DATA = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # The one file that may import pickle, to derive a class from its unpickler.
-UNPICKLER = Path("foreign/unpickle.py")
+UNPICKLER = Path("torchfile/unpickle.py")
 
 
 def part_of(path: Path) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,10 +20,12 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from waveflow.budget import Budget
 from waveflow.errors import CheckpointError
 from waveflow.files import temporary_folder
 from waveflow.flow import Flow
-from waveflow.model_files import CONFIG, MANIFEST, WEIGHTS, ModelCard, first_problem
+from waveflow.limits import MODEL_TENSORS
+from waveflow.model_files import CONFIG, MANIFEST, WEIGHTS, ModelCard, first_problem, read_header
 from waveflow.model_files import EXAMPLE as EXAMPLE
 from waveflow.model_files import FORMAT as FORMAT
 from waveflow.model_files import RUN_POINTER as RUN_POINTER
@@ -122,10 +125,22 @@ def load_checkpoint(folder: Path, verify: bool = True) -> tuple[ModelConfig, Flo
     folder = resolve_run(folder, "best")
     files = read_files(folder, verify)
     config = parse_config(files[CONFIG], folder / CONFIG)
+    weights = parse_tensors(files[WEIGHTS], folder / WEIGHTS)
     # Inputs are float32, whatever torch's default type is when a model is loaded.
-    flow = build_flow(config.model, config.mel).float()
-    load_weights(flow, parse_tensors(files[WEIGHTS], folder / WEIGHTS), folder)
+    flow = build_flow(config.model, config.mel, budget_of(weights, folder)).float()
+    load_weights(flow, weights, folder)
     return config, flow.eval()
+
+
+def budget_of(weights: Mapping[str, Tensor], source: Path) -> Budget:
+    """How large a network may become that is built for these weights."""
+    MODEL_TENSORS.check(f"the model in {source} has", len(weights), CheckpointError)
+    n_numbers = sum(tensor.numel() for tensor in weights.values())
+    reason = (
+        f"{source}: the config asks for a larger model than its weights are, which have "
+        f"{n_numbers:,} numbers in {len(weights)} tensors: weights and config do not fit"
+    )
+    return Budget(len(weights), n_numbers, reason, CheckpointError)
 
 
 def parse_config(data: bytes, path: Path) -> ModelConfig:
@@ -138,6 +153,7 @@ def parse_config(data: bytes, path: Path) -> ModelConfig:
 
 def parse_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
     """A safetensors file, with its errors as one line."""
+    read_header(data, path, len(data))
     try:
         return load_safetensors(data)
     except (SafetensorError, KeyError) as error:  # KeyError: a type that torch lacks

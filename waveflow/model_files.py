@@ -7,13 +7,16 @@ builds the network.
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from waveflow.audio.mel_config import MelConfig
+from waveflow.door import check_plain, is_plain_name, read_plain
 from waveflow.errors import CheckpointError
+from waveflow.limits import DOCUMENT_BYTES, TENSORS, WEIGHTS_BYTES
 
 FORMAT = 1
 # The mel of a validation clip, with a model that ships.
@@ -113,14 +116,48 @@ def count_weights(folder: Path) -> int:
     """
     path = folder / WEIGHTS
     try:
+        check_plain(path, folder)
         with open(path, "rb") as file:
-            # The file begins with the length of a JSON object, which has all shapes.
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-        # Flags and counters are integers.
-        return sum(math.prod(t["shape"]) for t in tensors if "F" in t["dtype"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+            tensors = read_header(file.read(8 + DOCUMENT_BYTES.value), path, path.stat().st_size)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    # Flags and counters are integers.
+    return sum(math.prod(shape) for dtype, shape in tensors.values() if "F" in dtype)
+
+
+def read_header(data: bytes, path: Path, n_bytes: int) -> dict[str, tuple[str, list[int]]]:
+    """Reads the types and shapes of the tensors in a safetensors file, by name.
+
+    Args:
+        data: the file, or its beginning.
+        path: for messages.
+        n_bytes: of the whole file.
+
+    Raises:
+        CheckpointError: not a safetensors file, or its header is beyond the limits.
+    """
+    # The file begins with the length of a JSON object, which has all shapes.
+    length = int.from_bytes(data[:8], "little")
+    if length > n_bytes - 8:
+        raise CheckpointError(f"{path} is not a safetensors file: its header is cut off")
+    DOCUMENT_BYTES.check(f"the header of {path} has", length, CheckpointError)
+    header = _json(data[8 : 8 + length], path, "a safetensors file")
+    header.pop("__metadata__", None)
+    TENSORS.check(f"{path} has", len(header), CheckpointError)
+    tensors = {}
+    for name, tensor in header.items():
+        try:
+            dtype, shape = str(tensor["dtype"]), list(tensor["shape"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is not a safetensors file: no shape of {name!r:.60}"
+            ) from error
+        if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+            raise CheckpointError(
+                f"{path} is not a safetensors file: {name!r:.60} has an odd shape"
+            )
+        tensors[name] = dtype, shape
+    return tensors
 
 
 def read_files(folder: Path, verify: bool = True) -> dict[str, bytes]:
@@ -141,7 +178,7 @@ def read_files(folder: Path, verify: bool = True) -> dict[str, bytes]:
         raise CheckpointError(f"{folder / MANIFEST} does not list {CONFIG} and {WEIGHTS}")
     files = {}
     for name, expected in hashes.items():
-        if Path(name).name != name:
+        if not is_plain_name(name):
             raise CheckpointError(f"{folder / MANIFEST} names a file outside the folder: {name!r}")
         files[name] = _read(folder, name)
         if verify and hashlib.sha256(files[name]).hexdigest() != expected:
@@ -160,17 +197,21 @@ def manifest_bytes(hashes: dict[str, str]) -> bytes:
 def resolve_run(folder: Path, which: str) -> Path:
     """Returns the `best` or `last` checkpoint of a run folder, or the checkpoint folder itself."""
     pointer = folder / RUN_POINTER
-    if not pointer.is_file():
+    if not os.path.lexists(pointer):
         return folder
-    name = _json(pointer.read_bytes(), pointer).get(which)
-    if not isinstance(name, str) or Path(name).name != name:
+    name = _json(_read(folder, RUN_POINTER), pointer).get(which)
+    if not is_plain_name(name):
         raise CheckpointError(f"{pointer} names no {which} checkpoint")
-    return folder / name
+    checkpoint = folder / str(name)
+    if checkpoint.is_symlink():
+        raise CheckpointError(f"{checkpoint} is a link: a run's checkpoints are folders in it")
+    return checkpoint
 
 
 def run_checkpoints(run: Path) -> list[Path]:
     """Returns all checkpoints of a run folder, whole or not, the newest first."""
-    return sorted(run.glob("step-*"), reverse=True)
+    # A link is none of them: it could lead anywhere.
+    return sorted((f for f in run.glob("step-*") if not f.is_symlink()), reverse=True)
 
 
 def first_problem(error: ValidationError) -> str:
@@ -187,17 +228,20 @@ def first_problem(error: ValidationError) -> str:
 def _read(folder: Path, name: str) -> bytes:
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder {folder}")
+    most = DOCUMENT_BYTES if name.endswith(".json") else WEIGHTS_BYTES
     try:
-        return (folder / name).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        return read_plain(folder / name, most, CheckpointError, folder)
+    except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no readable {name!r}: not a checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}") from error
 
 
-def _json(data: bytes, path: Path) -> dict[str, Any]:
+def _json(data: bytes, path: Path, kind: str = "JSON") -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        raise CheckpointError(f"{path} is not {kind}: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
+        raise CheckpointError(f"{path} is not {kind}: it holds no JSON object")
     return value

@@ -5,12 +5,20 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
 
+from waveflow.audio.formats import (
+    check_resampled,
+    decode_audio,
+    load_array,
+    load_numpy,
+    load_tensor,
+)
 from waveflow.audio.samples import check_range, mixed_down, without_offset
+from waveflow.door import check_plain
 from waveflow.errors import AudioError, DataError, MelMismatchError, WaveflowError
 from waveflow.files import output_path
 
@@ -86,7 +94,7 @@ def read_channel(path: str | os.PathLike[str]) -> tuple[np.ndarray, int, list[st
     """`read_audio` at the file's own rate, with its DC offset."""
     path = _existing_file(path, AudioError)
     try:
-        channels, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        channels, rate, notes = decode_audio(path)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
         # TypeError: formats without a header, which do not say their rate and type.
         reason = getattr(error, "error_string", error)
@@ -97,10 +105,10 @@ def read_channel(path: str | os.PathLike[str]) -> tuple[np.ndarray, int, list[st
         check_range(channels.min(), channels.max())
     except AudioError as error:
         raise AudioError(f"{path}: {error}") from error
-    audio, notes = mixed_down(channels)
+    audio, mix_notes = mixed_down(channels)
     if audio.size < 2:
         raise _too_short(path, audio.size)
-    return audio, rate, notes
+    return audio, rate, notes + mix_notes
 
 
 def _too_short(path: str | os.PathLike[str], n_samples: int) -> AudioError:
@@ -111,6 +119,7 @@ def resample(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     """Audio (T,) at another rate in Hz, by soxr's high-quality filter (20 bit)."""
     import soxr
 
+    check_resampled(len(audio), from_rate, to_rate)
     return soxr.resample(audio, from_rate, to_rate, quality="HQ").astype(np.float32)
 
 
@@ -201,7 +210,7 @@ def read_mel(path: str | os.PathLike[str]) -> np.ndarray:
     suffix = path.suffix.lower()
     if suffix not in MEL_SUFFIXES:
         raise MelMismatchError(f"{path} is not a mel file: its name must end in .npy, .npz or .pt")
-    return _as_mel(_load_tensor(path) if suffix == ".pt" else _load_numpy(path), str(path))
+    return _as_mel(load_tensor(path) if suffix == ".pt" else load_numpy(path), str(path))
 
 
 def read_mels(stream: BinaryIO) -> Iterator[np.ndarray]:
@@ -224,7 +233,9 @@ def read_mels(stream: BinaryIO) -> Iterator[np.ndarray]:
             return
         where = f"array {count} of the stream"
         try:
-            mel = np.lib.format.read_array(_Unread(first, stream), allow_pickle=False)
+            mel = load_array(_Unread(first, stream), where)
+        except MelMismatchError:
+            raise
         except Exception as error:  # damaged headers raise from numpy and the parser
             raise MelMismatchError(
                 f"{where} is cut off, or is no .npy array of plain numbers"
@@ -284,6 +295,10 @@ def _existing_file(path: str | os.PathLike[str], error: type[WaveflowError]) -> 
         raise error(f"{path} is a folder, not a file")
     if not path.exists():
         raise error(f"{path} does not exist")
+    try:
+        check_plain(path)
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}") from cause
     return path
 
 
@@ -300,37 +315,3 @@ def _writing(path: Path, error: type[WaveflowError]) -> Iterator[Path]:
     except (OSError, soundfile.LibsndfileError) as cause:
         reason = getattr(cause, "strerror", None) or cause
         raise error(f"cannot write {path}: {reason}") from cause
-
-
-def _load_numpy(path: Path) -> np.ndarray:
-    try:
-        loaded: Any = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            names = loaded.files
-            name = "mel" if "mel" in names else names[0] if len(names) == 1 else None
-            if name is not None:
-                return loaded[name]
-    except Exception as error:  # damaged files raise from numpy, zipfile, zlib and the parser
-        raise MelMismatchError(
-            f"{path} is damaged or not a NumPy file of plain numbers (pickled objects are refused)"
-        ) from error
-    raise MelMismatchError(
-        f"{path} holds the arrays {', '.join(names) or '(none)'}; "
-        "keep one array, or name the mel `mel`"
-    )
-
-
-def _load_tensor(path: Path) -> np.ndarray:
-    import torch
-
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has no common class for errors of damaged files
-        raise MelMismatchError(f"{path} is damaged or not a file with a plain tensor") from error
-    if not isinstance(loaded, torch.Tensor):
-        raise MelMismatchError(f"{path} holds a {type(loaded).__name__}; expected one tensor")
-    # NumPy knows neither sparse tensors nor bfloat16.
-    dense = loaded.detach().to_dense()
-    return (dense.float() if dense.is_floating_point() else dense).numpy()

@@ -4,8 +4,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from waveflow.limits import HOP_LENGTH, N_FFT, N_MELS, SAMPLE_RATE
+
 Padding = Literal["center", "hop"]
 PadMode = Literal["reflect", "constant"]
+
+_LIMITS = {"sample_rate": SAMPLE_RATE, "n_fft": N_FFT, "hop_length": HOP_LENGTH, "n_mels": N_MELS}
 
 
 def edge_padding(n_fft: int, hop_length: int, padding: Padding) -> int:
@@ -49,6 +53,9 @@ class MelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for name, limit in _LIMITS.items():
+            if problem := limit.problem(f"{name} is", getattr(self, name)):
+                raise ValueError(problem)
         nyquist = self.sample_rate / 2
         if self.f_max is not None and self.f_max > nyquist:
             raise ValueError(

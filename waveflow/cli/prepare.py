@@ -97,6 +97,8 @@ def prepare(
     if group.rank == 0:
         for line in (f"{out}: {report.amounts()}", *report.lines()):
             show(line)
+        if report.has_fault():
+            raise typer.Exit(1)
 
 
 def make_cache(

@@ -10,16 +10,25 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from waveflow.errors import ConfigError, DataError
 from waveflow.files import lock, temporary_folder
+from waveflow.limits import (
+    BYTES_OF_A_MEMBER,
+    EXPANSION,
+    FREE_BYTES,
+    FREE_MEMBERS,
+    PATH_LENGTH,
+    TAR_HEADER_BYTES,
+    TRAILING_BYTES,
+)
 
 ARCHIVE_SUFFIXES = (".tar.bz2", ".tar.gz", ".tgz", ".tar", ".zip")
 
-# Recordings shrink little. An archive that grows by more than this factor is no corpus.
-MOST_EXPANSION = 50
-_LEAST_BYTES = 1 << 20
+_BLOCK = 1 << 20
+# Others are rare, and some take memory by a number in the file.
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
 _STAMP_FILE = ".waveflow-archive"
 
 Member = TypeVar("Member", tarfile.TarInfo, zipfile.ZipInfo)
@@ -118,34 +127,107 @@ def _extract(archive: Path, folder: Path) -> None:
         openers: dict[str, Callable[..., Any]] = {".bz2": bz2.open, ".tar": open}
         opener = openers.get(archive.suffix.lower(), gzip.open)
         # "r|" reads from start to end once. A list of the members would decompress all twice.
-        with opener(archive, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-            # Not for safety, which `_checked` sees to, but for permissions as of new files.
-            # Python before 3.11.4 has no filters.
-            tar.extraction_filter = getattr(tarfile, "data_filter", None)
-            tar.extractall(folder, _checked(archive, tar, folder))
+        with opener(archive, "rb") as file:
+            stream = _Bounded(file, archive)
+            with tarfile.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_Member) as tar:
+                # Not for safety, which `_checked` sees to, but for permissions as of new files.
+                # Python before 3.11.4 has no filters.
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)
+                tar.extractall(folder, _checked(archive, tar, folder))
             # The compressor's checksum follows the end of the tar.
-            while stream.read(_LEAST_BYTES):
-                pass
+            trailing = 0
+            while block := stream.read(_BLOCK):
+                trailing += len(block)
+                if trailing > TRAILING_BYTES:
+                    raise DataError(
+                        f"{archive} goes on behind the end of its tar: unpack it yourself"
+                    )
+
+
+class _Bounded:
+    """A decompressed stream that ends with an error where no corpus would be so large.
+
+    Without it, headers and padding, which no member's size tells, could go on for hours.
+    """
+
+    def __init__(self, file: Any, archive: Path) -> None:
+        self._file, self._archive = file, archive
+        self._left = _most_bytes(archive)
+
+    def read(self, n_bytes: int) -> bytes:
+        data: bytes = self._file.read(n_bytes)
+        self._left -= len(data)
+        if self._left < 0:
+            raise _too_large(self._archive)
+        return data
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose header is looked at before tarfile reads what it announces."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+        info = super().frombuf(buf, encoding, errors)
+        # Headers of long names and the like are read into memory as a whole.
+        is_header = info.type in _HEADERS
+        if info.size < 0 or (is_header and info.size > TAR_HEADER_BYTES):
+            raise ValueError(f"a header of {info.size:,} bytes")
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise ValueError("a sparse file")
+        return info
+
+
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+def _most_bytes(archive: Path) -> int:
+    """Bytes that an archive of recordings may unpack to."""
+    return max(EXPANSION.value * archive.stat().st_size, FREE_BYTES)
+
+
+def _too_large(archive: Path) -> DataError:
+    return DataError(
+        f"{archive} holds more than {_most_bytes(archive)} bytes, which is more than a corpus of "
+        f"its size: unpack it yourself, or set {EXPANSION.name} in the environment"
+    )
 
 
 def _checked(archive: Path, members: Iterable[Member], folder: Path) -> Iterator[Member]:
     """Yields the members. Raises DataError at one that is unsafe or one too many."""
-    free = shutil.disk_usage(folder).free
-    most = min(max(MOST_EXPANSION * archive.stat().st_size, _LEAST_BYTES), free)
+    free, most = shutil.disk_usage(folder).free, _most_bytes(archive)
+    most_members = FREE_MEMBERS + archive.stat().st_size // BYTES_OF_A_MEMBER
     n_bytes = 0
-    for member in members:
+    for count, member in enumerate(members, start=1):
         name, is_plain, size = _facts(member)
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-            raise DataError(f"{archive}: {name!r} would lie outside its folder: not unpacked")
+            raise DataError(f"{archive}: {name!r:.200} would lie outside its folder: not unpacked")
+        if len(name) > PATH_LENGTH:
+            raise DataError(f"{archive}: {name!r:.60}... is too long a name: not unpacked")
         # No links at all: one inside the folder could lead a later member out of it.
         if not is_plain:
-            raise DataError(f"{archive}: {name!r} is no plain file: not unpacked")
+            raise DataError(f"{archive}: {name!r:.200} is no plain file: not unpacked")
+        if count > most_members:
+            raise DataError(
+                f"{archive} holds more than {most_members} files, which is more than a corpus of "
+                "its size: unpack it yourself"
+            )
         n_bytes += size
         if n_bytes > most:
+            raise _too_large(archive)
+        if n_bytes > free:
             raise DataError(
-                f"{archive} holds more than {most} bytes, which is more than a corpus "
-                "of its size or than the disk can hold: unpack it yourself"
+                f"{archive} holds more than the {free} bytes that are free in {folder.parent}"
+            )
+        if isinstance(member, zipfile.ZipInfo) and member.compress_type not in _COMPRESSIONS:
+            raise DataError(
+                f"{archive}: {name!r:.200} is of a rare compression: unpack it yourself"
             )
         yield member
 

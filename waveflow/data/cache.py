@@ -14,6 +14,7 @@ A cache is a folder with these files:
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,7 +25,9 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 from waveflow.audio.f0 import F0_CEILING_HZ, F0_FLOOR_HZ
 from waveflow.audio.mel_config import MelConfig
 from waveflow.data.corpus import Split
+from waveflow.door import check_plain, read_plain
 from waveflow.errors import DataError
+from waveflow.limits import WEIGHTS_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,8 +191,9 @@ class TrainingCache:
     def _map(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         path = self.folder / name
         try:
-            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+            check_plain(path, self.folder)
+            array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+        except Exception as error:  # damaged headers raise from numpy and the parser
             raise DataError(f"cannot read {path} ({error}): run waveflow prepare again") from error
         if array.dtype != dtype or array.shape != shape:
             raise DataError(
@@ -211,14 +215,20 @@ def given_or_computed(
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise DataError(f"{folder} is no training cache (no {MANIFEST_FILE}): run waveflow prepare")
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(read_plain(path, WEIGHTS_BYTES, DataError, folder))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
         raise DataError(f"cannot use {path} ({reason}): run waveflow prepare again") from error
+    # Also, no other file is ever looked for.
+    names = {AUDIO_FILE, F0_FILE} | (set() if manifest.n_mels is None else {MEL_FILE})
+    if manifest.sha256.keys() != names:
+        raise DataError(f"cannot use {path} (sha256: not of {', '.join(sorted(names))})")
     sample_offset = frame_offset = 0
     for clip in manifest.clips:
         if (clip.sample_offset, clip.frame_offset) != (sample_offset, frame_offset) or (

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import threading
+import unicodedata
 import zipfile
 from multiprocessing import parent_process
 from pathlib import Path
@@ -18,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 from waveflow.audio.f0 import track_f0
 from waveflow.audio.io import MEL_SUFFIXES, read_channel, read_mel, resample, to_int16
 from waveflow.audio.samples import without_offset
-from waveflow.errors import AudioError, DataError, MelMismatchError
+from waveflow.data.corpus import StoredText
+from waveflow.errors import AudioError, ConfigError, DataError, MelMismatchError
 from waveflow.files import atomic_path
 
 Reason = Literal[
@@ -31,7 +33,10 @@ Reason = Literal[
     "no mel",
     "bad mel",
     "mel length",
+    "internal error",
 ]
+# The reason that is a fault of ours.
+FAULT: Reason = "internal error"
 
 # 60 dB below full scale: the level of noise in a quiet room, and of no speech.
 SILENCE_RMS = 1e-3
@@ -68,7 +73,7 @@ class ClipFacts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: str
+    file: StoredText
     key: str
     sha256: str
     samples: PositiveInt
@@ -100,7 +105,7 @@ class Refusal(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     reason: Reason
-    detail: str
+    detail: StoredText
 
 
 class GivenMel(NamedTuple):
@@ -118,7 +123,9 @@ class GivenMel(NamedTuple):
 
     def path(self) -> Path | None:
         """Returns the file with the first of `MEL_SUFFIXES` that exists, or None."""
-        paths = [Path(f"{self.stem}{suffix}") for suffix in MEL_SUFFIXES]
+        # Ids are composed (NFC), and names of files may not be.
+        stems = dict.fromkeys([str(self.stem), unicodedata.normalize("NFD", str(self.stem))])
+        paths = [Path(f"{stem}{suffix}") for stem in stems for suffix in MEL_SUFFIXES]
         return next((path for path in paths if path.is_file()), None)
 
 
@@ -174,10 +181,25 @@ def end_with_parent() -> None:
 def make_part(task: ClipTask) -> None:
     """Reads a recording and writes its clip or its refusal, as a whole file or not at all.
 
+    Whatever goes wrong with a recording is its own fault or one of ours, and others go on.
+
     Raises:
         ConfigError: pyworld is not installed.
     """
-    result = read_clip(task)
+    result: Clip | Refusal
+    try:
+        result = read_clip(task)
+    except ConfigError:
+        raise
+    except AudioError as error:
+        result = Refusal(reason="unreadable", detail=str(error))
+    except MemoryError:
+        detail = f"{task.path} takes more memory than there is"
+        result = Refusal(reason="unreadable", detail=detail)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        detail = f"{task.path}: internal error ({type(error).__name__}): {reason:.200}"
+        result = Refusal(reason=FAULT, detail=detail)
     if isinstance(result, Refusal):
         with atomic_path(task.parts / f"{task.key}.json") as temporary:
             temporary.write_text(result.model_dump_json(), encoding="utf-8")
@@ -194,16 +216,14 @@ def read_clip(task: ClipTask) -> Clip | Refusal:
     """Reads a recording, measures it, resamples it and tracks its F0.
 
     Raises:
+        AudioError: the recording cannot be read.
         ConfigError: pyworld is not installed.
     """
     path, hop = task.path, task.hop_length
     mel = None if task.mel is None else _read_given(task.mel)
     if isinstance(mel, Refusal):
         return mel
-    try:
-        audio, source_rate, notes = read_channel(path)
-    except AudioError as error:
-        return Refusal(reason="unreadable", detail=str(error))
+    audio, source_rate, notes = read_channel(path)
     clipped = clipped_share(audio)
     if clipped > MOST_CLIPPED:
         detail = f"{path} is clipped: {100 * clipped:.1f} % of its samples stay at full scale"

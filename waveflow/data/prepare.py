@@ -45,10 +45,12 @@ from waveflow.data.clips import (
     read_array,
     read_result,
 )
-from waveflow.data.corpus import Corpus, CorpusClip, read_corpus, val_ids
+from waveflow.data.corpus import Corpus, CorpusClip, read_corpus, shown, val_ids
 from waveflow.data.report import LeftOut, PrepareReport, make_report
+from waveflow.door import read_plain
 from waveflow.errors import DataError
 from waveflow.files import atomic_path, lock
+from waveflow.limits import WEIGHTS_BYTES
 from waveflow.processes import ALONE, Group
 
 Progress = Callable[[int, int], None]
@@ -236,7 +238,7 @@ def _distinct_names(corpora: list[Corpus], folders: list[Path]) -> list[str]:
     for length in range(2, max(len(folder.parts) for folder in folders) + 1):
         count = Counter(names)
         names = [
-            "/".join(folder.parts[-length:]) if count[name] > 1 else name
+            shown("/".join(folder.parts[-length:])) if count[name] > 1 else name
             for name, folder in zip(names, folders, strict=True)
         ]
     return names
@@ -256,7 +258,8 @@ def _earlier(out: Path) -> _Earlier | None:
 
 def read_report(cache: Path) -> PrepareReport:
     """Reads the report in a cache's folder."""
-    return PrepareReport.model_validate_json((cache / REPORT_FILE).read_bytes())
+    data = read_plain(cache / REPORT_FILE, WEIGHTS_BYTES, DataError, cache)
+    return PrepareReport.model_validate_json(data)
 
 
 @contextmanager

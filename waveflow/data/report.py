@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from waveflow.data.cache import CachedClip
-from waveflow.data.clips import ClipFacts, Reason
+from waveflow.data.clips import FAULT, ClipFacts, Reason
+from waveflow.data.corpus import StoredText
 
 # Of the files left out; report.json has all.
 MOST_LINES = 20
@@ -20,10 +21,10 @@ class _Frozen(BaseModel):
 class LeftOut(_Frozen):
     """A recording that is not in the cache, and the reason."""
 
-    file: str
-    corpus: str
+    file: StoredText
+    corpus: StoredText
     reason: Reason
-    detail: str
+    detail: StoredText
 
 
 class Amount(_Frozen):
@@ -63,6 +64,10 @@ class PrepareReport(_Frozen):
     kept: int
     clips: tuple[ClipFacts, ...]
 
+    def has_fault(self) -> bool:
+        """Whether a recording was left out by a fault of ours."""
+        return any(clip.reason == FAULT for clip in self.left_out)
+
     def amounts(self) -> str:
         """Returns clips and hours as one line."""
         return (
@@ -91,7 +96,8 @@ class PrepareReport(_Frozen):
             count = Counter(clip.reason for clip in self.left_out)
             reasons = ", ".join(f"{n} {reason}" for reason, n in count.items())
             lines.append(f"{len(self.left_out)} files left out ({reasons}):")
-            lines += [f"  {clip.detail}" for clip in self.left_out[:MOST_LINES]]
+            ours_first = sorted(self.left_out, key=lambda clip: clip.reason != FAULT)
+            lines += [f"  {clip.detail}" for clip in ours_first[:MOST_LINES]]
             if len(self.left_out) > MOST_LINES:
                 lines.append("  ... and more, all in the cache's report.json")
         return lines

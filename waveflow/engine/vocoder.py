@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.audio.refine import MelRefinement
 from waveflow.audio.samples import MOST_PEAK_OF_DRAW, offset_of, without_offset
 from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint
+from waveflow.door import check_plain
 from waveflow.engine.checks import (
     checked_audio,
     checked_lengths,
@@ -566,7 +568,13 @@ def _example_mel(folder: Path) -> Tensor | None:
     from waveflow.audio.io import read_mel
 
     path = folder / EXAMPLE
-    return torch.from_numpy(read_mel(path)) if path.is_file() else None
+    if not os.path.lexists(path):
+        return None
+    try:
+        check_plain(path, folder)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return torch.from_numpy(read_mel(path))
 
 
 def _calibration_mel(folder: Path, config: MelConfig) -> Tensor:

@@ -7,7 +7,9 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from waveflow.audio.mel import MEL_PRESETS, MelConfig
 from waveflow.checkpoint import first_problem
+from waveflow.door import read_plain
 from waveflow.errors import CheckpointError
+from waveflow.limits import DOCUMENT_BYTES
 from waveflow.models.waveglow import WaveGlowConfig
 
 
@@ -70,7 +72,9 @@ def read_config(path: Path | None) -> PublishedConfig:
     if path is None:
         return PublishedConfig()
     try:
-        return PublishedConfig.model_validate(json.loads(path.read_bytes()))
+        return PublishedConfig.model_validate(
+            json.loads(read_plain(path, DOCUMENT_BYTES, CheckpointError))
+        )
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:

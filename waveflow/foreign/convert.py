@@ -24,12 +24,14 @@ from waveflow.checkpoint import (
     first_problem,
     parse_tensors,
 )
+from waveflow.door import read_plain
 from waveflow.errors import CheckpointError
 from waveflow.flow import Flow
 from waveflow.foreign.config import mel_config, read_config
 from waveflow.foreign.model import model_names
 from waveflow.foreign.nvidia import from_nvidia
 from waveflow.foreign.sandbox import Header, read_torch_file
+from waveflow.limits import WEIGHTS_BYTES
 from waveflow.models.waveglow import WaveGlowConfig
 
 Lineage = Literal["auto", "glow", "glow_old", "dle"]
@@ -62,7 +64,7 @@ def convert(path: Path, config_path: Path | None = None, lineage: Lineage = "aut
     Raises:
         CheckpointError: missing, damaged, refused, no WaveGlow, or of an unclear lineage.
     """
-    if not path.is_file():
+    if not path.is_file():  # a pipe would block, a device never ends
         raise CheckpointError(f"{path} is not a file")
     published = read_config(config_path)
     header, weights = _read_weights(path)
@@ -96,7 +98,7 @@ def _read_weights(path: Path) -> tuple[Header, dict[str, Tensor]]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if start[8:] != b"{" or int.from_bytes(start[:8], "little") >= _MAX_SAFETENSORS_HEADER:
         return read_torch_file(path)
-    weights = parse_tensors(path.read_bytes(), path)
+    weights = parse_tensors(read_plain(path, WEIGHTS_BYTES, CheckpointError), path)
     try:
         _, names = model_names(weights)
     except CheckpointError as error:

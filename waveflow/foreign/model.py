@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from waveflow.errors import CheckpointError
-from waveflow.foreign.unpickle import Name, Record, TensorRef
+from waveflow.limits import TENSORS
+from waveflow.torchfile.unpickle import Name, Record, TensorRef
 
 # Every published WaveGlow has one tensor of this name. The text before it is the wrapping: a key of
 # the checkpoint, the `module.` of DataParallel, an attribute of a larger model.
@@ -60,6 +61,7 @@ def find_model(root: object) -> tuple[dict[str, object], dict[str, TensorRef]]:
     """
     found = list(_walk(root, "", set()))
     tensors = {name.removesuffix("."): it for name, it in found if isinstance(it, TensorRef)}
+    TENSORS.check("it has", len(tensors), CheckpointError)
     objects = {name.replace(_COMPILED, ""): it for name, it in found if isinstance(it, Record)}
     try:
         prefix, names = model_names(tensors)

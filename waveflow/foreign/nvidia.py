@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from waveflow.bijections import InvertibleConv1x1
+from waveflow.budget import Budget
 from waveflow.errors import CheckpointError
 from waveflow.flow import Flow
 from waveflow.models.waveglow import WaveGlowConfig, waveglow
@@ -13,7 +14,14 @@ from waveflow.nn.wavenet import WaveNet
 
 def from_nvidia(state_dict: Mapping[str, Tensor], config: WaveGlowConfig) -> Flow:
     """Builds a WaveGlow with published weights; see `load_nvidia_state_dict`."""
-    flow = waveglow(config)
+    # The sizes are those of a few tensors; the others have to be there too.
+    n_numbers = sum(tensor.numel() for tensor in state_dict.values())
+    reason = (
+        f"its first tensors are those of a larger model than its {n_numbers:,} numbers in "
+        f"{len(state_dict)} tensors are: tensors are missing, or have other shapes"
+    )
+    with Budget(len(state_dict), n_numbers, reason, CheckpointError):
+        flow = waveglow(config)
     load_nvidia_state_dict(flow, state_dict)
     return flow
 

@@ -12,8 +12,8 @@ import sys
 from typing import BinaryIO
 
 from waveflow.errors import CheckpointError
-from waveflow.foreign.container import open_torch_file
 from waveflow.foreign.model import find_model
+from waveflow.torchfile.container import open_torch_file
 
 READ_FAILED, OUT_OF_MEMORY = 3, 4
 MAX_OUTPUT = 2**24

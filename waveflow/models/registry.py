@@ -23,6 +23,7 @@ from pydantic import BeforeValidator, ConfigDict, SerializeAsAny, ValidationErro
 from pydantic_core import PydanticCustomError
 
 from waveflow.audio.mel import MelConfig
+from waveflow.budget import Budget
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.model_files import NamedModel
@@ -78,16 +79,21 @@ def model_types() -> list[str]:
     return sorted(_registered)
 
 
-def build_flow(config: FlowConfig, mel: MelConfig) -> Flow:
+def build_flow(config: FlowConfig, mel: MelConfig, budget: Budget | None = None) -> Flow:
     """A freshly initialised Flow for mels of the given settings.
 
+    Args:
+        budget: how large it may become; None for the limits of `waveflow.limits`.
+
     Raises:
-        ConfigError: nothing has registered this type, or its builder refuses the config.
+        ConfigError: nothing has registered this type, its builder refuses the config, or the
+            flow would be larger than the limits. A budget of its own raises its own error.
     """
     _import_models()
     if config.type not in _registered:
         raise ConfigError(_unknown(config.type))
-    return _registered[config.type][1](config, mel)
+    with budget or Budget.of_table():
+        return _registered[config.type][1](config, mel)
 
 
 def _parse(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Recipes: small TOML files with everything that decides a training run."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -9,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from waveflow.audio.mel import MEL_PRESETS, MelConfig
 from waveflow.checkpoint import SynthesisConfig
+from waveflow.door import read_plain
 from waveflow.errors import ConfigError
+from waveflow.limits import KEY_PARTS, RECIPE_BYTES
 from waveflow.models.registry import AnyFlowConfig, first_problem
 
 # Names of checkpoints have eight digits, so that they sort by step.
@@ -156,7 +159,7 @@ def read_recipe(path: Path) -> Recipe:
 def _read_recipe(path: Path) -> Recipe:
     kind, parse = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
-        data = parse(path.read_text(encoding="utf-8"))
+        data = parse(_recipe_text(path))
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
     except ValueError as error:  # of either parser, or of the encoding
@@ -165,3 +168,11 @@ def _read_recipe(path: Path) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"recipe {path}: {first_problem(error)}") from error
+
+
+def _recipe_text(path: Path) -> str:
+    text = read_plain(path, RECIPE_BYTES, ConfigError).decode("utf-8")
+    # Between these characters stands one dotted key, a value, or a comment.
+    n_parts = max(part.count(".") for part in re.split(r"[=,\[\]{}#\n]", text)) + 1
+    KEY_PARTS.check(f"a key in recipe {path} has", n_parts, ConfigError)
+    return text

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.data.cache import file_sha256
+from waveflow.door import check_plain
 from waveflow.errors import ConfigError
 from waveflow.training.run_folder import RECIPE, RUN_RECORD
 from waveflow.training.validation import Validation
@@ -65,6 +66,8 @@ class MetricsLog:
             self.boards.append(tensorboard)
         if project := os.environ.get(WANDB_SWITCH):
             self.boards.append(_WandbBoard(self.folder, project))
+        if os.path.lexists(self.path):
+            check_plain(self.path, self.folder)
         self.file = open(self.path, "a", newline="")
         self.writer = csv.writer(self.file)
         if not self.file.tell():

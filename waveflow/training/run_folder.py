@@ -39,9 +39,11 @@ from waveflow.checkpoint import (
     save_checkpoint,
 )
 from waveflow.data.cache import AUDIO_FILE, MEL_FILE, TrainingCache, file_sha256
+from waveflow.door import read_plain
 from waveflow.errors import CheckpointError, ConfigError
 from waveflow.files import atomic_path, lock
 from waveflow.flow import Flow
+from waveflow.limits import DOCUMENT_BYTES
 from waveflow.models.registry import first_problem
 from waveflow.training.config import MOST_STEPS, Recipe
 
@@ -257,7 +259,8 @@ class RunFolder:
         """Returns the recipe that the run had so far."""
         stored = self.path / RECIPE
         try:
-            recipe = Recipe.model_validate_json(stored.read_bytes())
+            data = read_plain(stored, DOCUMENT_BYTES, ConfigError, self.path)
+            recipe = Recipe.model_validate_json(data)
         except (OSError, ValidationError):
             recipe = None
         if recipe is None or _changeable(recipe) != _changeable(self.recipe):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from waveflow.errors import CheckpointError
+from waveflow.limits import TENSORS
 
 
 class Name(NamedTuple):
@@ -87,7 +88,10 @@ def read_pickle(file: io.BytesIO, storages: dict[str, Storage] | None = None) ->
     return _Unpickler(file, {} if storages is None else storages).load()
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorRef:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorRef:
+    # Behind requires_grad and hooks: that the numbers are to be negated or conjugated.
+    if any(isinstance(it, Record) and it.items for it in rest[2:]):
+        raise CheckpointError("its pickle has a tensor with negated or conjugated numbers")
     if len(shape) > 8 or not _are_counts(offset, *shape, *strides):
         raise CheckpointError("its pickle has a tensor of odd sizes")
     return TensorRef(storage, offset, tuple(shape), tuple(strides))
@@ -184,6 +188,7 @@ class _Unpickler(pickle._Unpickler):
             raise CheckpointError("its pickle has a storage without a type, a name or a size")
         if any(view is not None for view in views):
             raise CheckpointError("its storages are views of others, which ended before WaveGlow")
+        TENSORS.check("its pickle has", len(self._storages), CheckpointError)
         storage = Storage(name.name, key, n_items)
         if self._storages.setdefault(key, storage) != storage:
             raise CheckpointError(f"its storage {key!r:.60} has two types or sizes")

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import BinaryIO, Literal, NamedTuple
 
 from waveflow.errors import CheckpointError
-from waveflow.foreign.unpickle import Record, Storage, read_pickle
+from waveflow.limits import PICKLE_BYTES, TENSORS, Limit
+from waveflow.torchfile.unpickle import Record, Storage, read_pickle
 
-# Bytes of all pickles together. A full WaveGlow with its optimizer has less than two million.
-MAX_PICKLE = 2**25
 ZIP_START = b"PK\x03\x04"
 # Bytes of an element of each type of storage.
 ITEM_SIZE = {
@@ -43,8 +42,11 @@ class TorchFile(NamedTuple):
     locate: Callable[[Storage], tuple[int, int | None]]
 
 
-def open_torch_file(file: BinaryIO) -> TorchFile:
+def open_torch_file(file: BinaryIO, most: Limit = PICKLE_BYTES) -> TorchFile:
     """Reads everything but the numbers of tensors.
+
+    Args:
+        most: bytes of all pickles together.
 
     Raises:
         CheckpointError: no such file, or refused. A damaged file raises any other exception.
@@ -52,14 +54,15 @@ def open_torch_file(file: BinaryIO) -> TorchFile:
     start = file.read(len(ZIP_START))
     file.seek(0)
     if start == ZIP_START:
-        return _open_zip(file)
+        return _open_zip(file, most)
     if start[:1] != b"\x80":
         raise CheckpointError("it is neither a file of torch.save nor of safetensors")
-    return _open_legacy(file)
+    return _open_legacy(file, most)
 
 
-def _open_zip(file: BinaryIO) -> TorchFile:
+def _open_zip(file: BinaryIO, most: Limit) -> TorchFile:
     archive = zipfile.ZipFile(file)
+    TENSORS.check("its archive holds", len(archive.infolist()), CheckpointError)
     records = {info.filename: info for info in archive.infolist()}
     if len(records) != len(archive.infolist()):
         raise CheckpointError("its archive holds two records of one name")
@@ -72,8 +75,7 @@ def _open_zip(file: BinaryIO) -> TorchFile:
             raise CheckpointError(f"its record {info.filename!r:.60} is compressed: refused")
     if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
         raise CheckpointError("a big-endian machine wrote it")
-    if records[f"{root}data.pkl"].file_size > MAX_PICKLE:
-        raise CheckpointError(f"its pickle has over {MAX_PICKLE:,} bytes: refused")
+    most.check("its pickle has", records[f"{root}data.pkl"].file_size, CheckpointError)
 
     def locate(storage: Storage) -> tuple[int, int]:
         info = records.get(f"{root}data/{storage.key}")
@@ -87,9 +89,9 @@ def _open_zip(file: BinaryIO) -> TorchFile:
     return TorchFile("zip", read_pickle(io.BytesIO(archive.read(f"{root}data.pkl"))), locate)
 
 
-def _open_legacy(file: BinaryIO) -> TorchFile:
+def _open_legacy(file: BinaryIO, most: Limit) -> TorchFile:
     """Five pickles (magic number, protocol, machine, data, names of storages), then storages."""
-    head = io.BytesIO(file.read(MAX_PICKLE))
+    head = io.BytesIO(file.read(most.value))
     if read_pickle(head) != _LEGACY_MAGIC or read_pickle(head) != _LEGACY_PROTOCOL:
         raise CheckpointError("it is a pickle, but torch.save did not write it")
     machine = read_pickle(head)
