@@ -22,6 +22,7 @@ from conftest import N_MELS, SAMPLE_RATE, make_voice
 from forking import Forked, Outcome, command
 
 from waveflow import __version__
+from waveflow.audio import io as audio_io
 from waveflow.audio.mel import MEL_PRESETS, MelSpectrogram
 from waveflow.cli import console
 from waveflow.cli.main import app, main
@@ -192,8 +193,9 @@ def test_presets_are_those_of_the_library():
 
 def test_vocode_writes_16_bit_wav(run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path):
     out = tmp_path / "out.wav"
-    assert run("vocode", mel_file, "-o", out, "--model", tiny_model) == Result(0, "", "")
+    result = run("vocode", mel_file, "-o", out, "--model", tiny_model)
     written = soundfile.info(out)
+    assert result == Result(0, "", f"waveflow: {out}, {written.duration:.1f} s\n")
     assert (written.format, written.subtype, written.channels) == ("WAV", "PCM_16", 1)
     assert written.samplerate == SAMPLE_RATE
     assert written.frames == np.load(mel_file).shape[1] * HOP
@@ -282,13 +284,18 @@ def test_threads(run: Run, mel_file: Path, tmp_path: Path, tiny_model: Path):
         assert torch.get_num_threads() == n
 
 
+def loud_mel(n_frames: int) -> np.ndarray:
+    """Louder than any speech; not one value in all bands, which would be padding."""
+    return np.full((N_MELS, n_frames), 4.0, np.float32) + 0.01 * np.arange(N_MELS)[:, None]
+
+
 def test_clipping_is_noted_once_with_the_file(run: Run, tmp_path: Path, tiny_model: Path):
     loud, out = tmp_path / "loud.npy", tmp_path / "out.wav"
-    np.save(loud, np.full((N_MELS, 8), 4.0, np.float32) - 12 * (np.arange(8) == 0))
+    np.save(loud, loud_mel(8) - 12 * (np.arange(8) == 0))
     result = run("vocode", loud, "-o", out, "--model", tiny_model, "--float")
     assert result.status == 0
-    assert result.err.count("\n") == 1
-    assert f"{loud}: " in result.err and "clipped" in result.err
+    assert result.err.count("\n") == 2
+    assert f"{loud}: " in result.err and result.err.count("clipped") == 1
     assert np.abs(samples(out)).max() == 1.0
 
 
@@ -402,12 +409,12 @@ def test_pipes_and_what_does_not_fit(run: Run, mel_file: Path, tmp_path: Path, t
 def test_clipping_in_a_stream_is_noted_once(
     run: Run, stdin: Callable[..., None], tmp_path: Path, tiny_model: Path
 ):
-    loud = np.full((N_MELS, 300), 4.0, np.float32) - 12 * (np.arange(300) % 8 == 0)
+    loud = loud_mel(300) - 12 * (np.arange(300) % 8 == 0)
     stdin(*map(npy, np.split(loud.astype(np.float32), 3, axis=1)))
     result = run("vocode", "-", "-o", tmp_path / "out.wav", "--model", tiny_model)
     assert result.status == 0
-    assert result.err.count("\n") == 1 and result.err.startswith("waveflow: stdin: ")
-    assert "clipped" in result.err
+    assert result.err.count("\n") == 2 and result.err.startswith("waveflow: stdin: ")
+    assert result.err.count("clipped") == 1
 
 
 def test_no_verify(run: Run, mel_file: Path, wav: Path, tmp_path: Path, tiny_model: Path):
@@ -430,7 +437,7 @@ def test_no_verify(run: Run, mel_file: Path, wav: Path, tmp_path: Path, tiny_mod
 def test_resynth_keeps_the_length(run: Run, tmp_path: Path, tiny_model: Path, n_samples: int):
     source = write_wav(tmp_path / "in.wav", make_voice(1.0)[:n_samples])
     out = tmp_path / "out.wav"
-    assert run("resynth", source, "-o", out, "--model", tiny_model) == Result(0, "", "")
+    assert run("resynth", source, "-o", out, "--model", tiny_model).status == 0
     assert soundfile.info(out).frames == n_samples
 
 
@@ -448,7 +455,7 @@ def test_stereo_and_another_rate_are_noted(run: Run, tmp_path: Path, tiny_model:
     source = write_wav(tmp_path / "in.wav", np.stack([voice, voice], 1), 44100)
     out = tmp_path / "out.wav"
     result = run("resynth", source, "-o", out, "--model", tiny_model)
-    assert result.status == 0 and result.err.count("\n") == 1
+    assert result.status == 0 and result.err.count("\n") == 2
     assert f"{source}: 2 channels mixed down" in result.err
     assert "resampled from 44100 Hz to 22050 Hz" in result.err
     assert soundfile.info(out).samplerate == SAMPLE_RATE
@@ -462,12 +469,14 @@ def test_mel_presets_and_models(run: Run, wav: Path, tmp_path: Path, tiny_model:
     audio = torch.from_numpy(samples(wav))
     for options, preset in (
         (("--preset", "hifigan"), "hifigan"),
-        (("--preset", "nvidia"), "nvidia"),
+        (("--mel", "nvidia"), "nvidia"),
         (("--model", tiny_model), "hifigan"),
     ):
         out = tmp_path / "mel.npy"
-        assert run("mel", wav, "-o", out, *options, "--threads", "1") == Result(0, "", "")
+        result = run("mel", wav, "-o", out, *options, "--threads", "1")
         mel = np.load(out)
+        words = f"waveflow: {out}, {mel.shape[0]} bands, {mel.shape[1]} frames\n"
+        assert result == Result(0, "", words)
         assert mel.dtype == np.float32
         expected = MelSpectrogram(MEL_PRESETS[preset])(audio).numpy()
         np.testing.assert_array_equal(mel, expected)
@@ -475,8 +484,8 @@ def test_mel_presets_and_models(run: Run, wav: Path, tmp_path: Path, tiny_model:
 
 def test_mel_takes_a_model_or_a_preset(run: Run, wav: Path, tmp_path: Path, tiny_model: Path):
     out = tmp_path / "mel.npy"
-    result = run("mel", wav, "-o", out, "--model", tiny_model, "--preset", "nvidia")
-    assert_one_line(result, "--model", "--preset")
+    result = run("mel", wav, "-o", out, "--model", tiny_model, "--mel", "nvidia")
+    assert_one_line(result, "--model", "--mel")
 
 
 # Errors: one line, status 2, nothing written
@@ -580,7 +589,6 @@ def test_unknown_model(run: Run, mel_file: Path, tmp_path: Path):
         ("out.flac", ["--float"], "32-bit"),
         ("no/such/folder/out.wav", [], "there is no folder"),
         ("mel.npy/out.wav", [], "there is no folder"),
-        (".", [], "it is a folder"),
     ],
 )
 def test_outputs_that_cannot_be_written(
@@ -635,7 +643,7 @@ def test_an_internal_error_is_one_line_and_a_traceback_only_under_debug(
     def broken(path: Path) -> np.ndarray:
         raise ValueError("first line\nsecond line")
 
-    monkeypatch.setattr("waveflow.audio.io.read_mel", broken)
+    monkeypatch.setattr("audio_io.read_mel", broken)
     args = ("vocode", mel_file, "-o", tmp_path / "out.wav", "--model", tiny_model)
     assert_one_line(run(*args), "ValueError", "first line", "--debug", status=1)
     result = run("--debug", *args)
@@ -695,10 +703,66 @@ def test_a_folder_job_goes_on_after_bad_files_and_lists_them_at_the_end(
     result = run("vocode", mels, "-o", out, "--model", tiny_model)
     assert result.status == 2
     assert len(list(out.iterdir())) == 3
-    summary, first, second = result.err.splitlines()
+    summary, first, second, left_out = result.err.splitlines()
+    assert left_out == "waveflow: left out: 1 .txt"
     assert "3 written" in summary and "2 failed" in summary
     assert str(mels / "a.npy") in first and "40 bands" in first
     assert str(mels / "b.npy") in second
+
+
+def test_an_unforeseen_fault_is_that_files_alone(
+    run: Run, mels: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (mels / "a.npy").write_text("no array")
+    np.save(mels / "b.npy", np.zeros((80, 5), np.float32))
+    whole = audio_io.read_mel
+
+    def read_mel(path: Path) -> np.ndarray:
+        if path.name == "b.npy":
+            raise ZeroDivisionError("never\nthought of")
+        return whole(path)
+
+    monkeypatch.setattr(audio_io, "read_mel", read_mel)
+    result = run("vocode", mels, "-o", tmp_path / "wavs", "--model", tiny_model)
+    assert result.status == 1
+    assert len(list((tmp_path / "wavs").iterdir())) == 3
+    summary, bad, fault, _ = result.err.splitlines()
+    assert "3 written" in summary and "2 failed" in summary and "a.npy" in bad
+    assert fault == f"waveflow: {mels / 'b.npy'}: internal error (ZeroDivisionError): never"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_names_that_are_not_utf_8(run: Run, mels: Path, tmp_path: Path, tiny_model: Path):
+    strange = os.fsencode(mels) + b"/caf\xe9"
+    os.mkdir(strange)
+    os.rename(mels / "clip0.npy", strange + b"/\xff.npy")
+    result = run("vocode", mels, "-o", tmp_path / "wavs", "--model", tiny_model)
+    assert result.status == 0
+    assert os.path.isfile(os.fsencode(tmp_path) + b"/wavs/caf\xe9/\xff.wav")
+
+
+def test_several_files_and_folders_as_outputs(
+    run: Run, mels: Path, tmp_path: Path, tiny_model: Path
+):
+    """Of one file too, if a folder is there or the name ends in a slash; sub-folders are kept."""
+    (mels / "sub").mkdir()
+    files = sorted(mels.glob("*.npy"))
+    files[0].rename(mels / "sub" / files[0].name)
+    options = ("--model", tiny_model)
+    inputs = [mels / "sub" / files[0].name, *files[1:]]
+    assert run("vocode", *inputs, "-o", tmp_path / "a", *options).status == 0
+    assert {path.stem for path in (tmp_path / "a").iterdir()} == {path.stem for path in files}
+    assert run("vocode", inputs[0], "-o", f"{tmp_path / 'b'}/", *options).status == 0
+    assert run("vocode", inputs[1], "-o", tmp_path / "b", *options).status == 0
+    assert len(list((tmp_path / "b").iterdir())) == 2
+    assert run("vocode", mels, "-o", tmp_path / "c", *options).status == 0
+    assert (tmp_path / "c" / "sub" / f"{files[0].stem}.wav").is_file()
+    assert_one_line(run("vocode", *inputs, "-o", "-", *options), "name one MEL")
+    twice = run("vocode", inputs[0], inputs[0].parent, "-o", tmp_path / "d", *options)
+    assert twice.status == 0  # the same file
+    clash = tmp_path / inputs[0].name
+    clash.write_bytes(inputs[0].read_bytes())
+    assert_one_line(run("vocode", inputs[0], clash, "-o", tmp_path / "e", *options), "both become")
 
 
 def test_resynth_and_mel_take_folders(run: Run, tmp_path: Path, tiny_model: Path):

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waveflow.audio.io import (
-    AUDIO_SUFFIXES,
-    list_inputs,
+    list_files,
     read_audio,
     read_mel,
     to_int16,
@@ -21,7 +20,7 @@ from waveflow.audio.io import (
     write_mel,
 )
 from waveflow.errors import AudioError, DataError, MelMismatchError, WaveflowError
-from waveflow.files import atomic_path
+from waveflow.files import AUDIO_SUFFIXES, atomic_path
 
 
 def random_int16(n: int) -> np.ndarray:
@@ -262,15 +261,35 @@ def test_damaged_files_give_values_or_one_line(tmp_path_factory, name, position,
         assert np.isfinite(array).all()
 
 
-def test_list_inputs(tmp_path):
-    for name in ("b.wav", "a.FLAC", "c.txt", ".d.tmp.wav"):
+def test_the_files_of_a_folder(tmp_path):
+    """With sub-folders and in any case; what is no input is counted and named."""
+    names = ("b.wav", "a.FLAC", "c.txt", "d.m4a", "e.m4a", ".f.tmp.wav", "sub/deep/g.caf", "plain")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "folder.wav").mkdir()
-    assert [path.name for path in list_inputs(tmp_path, AUDIO_SUFFIXES)] == ["a.FLAC", "b.wav"]
-    with pytest.raises(DataError, match=r"no \.npy file"):
-        list_inputs(tmp_path, (".npy",))
+    for hidden in ("folder.wav", ".hidden", "out"):
+        (tmp_path / hidden).mkdir()
+        (tmp_path / hidden / "h.wav").touch()
+    (tmp_path / "broken.wav").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "linked").symlink_to(tmp_path / "sub")
+    (tmp_path / "i.au").symlink_to(tmp_path / "b.wav")
+    found = list_files(tmp_path, AUDIO_SUFFIXES, skip=tmp_path / "out")
+    assert found.names == ["a.FLAC", "b.wav", "folder.wav/h.wav", "i.au", "sub/deep/g.caf"]
+    assert found.left_out == [
+        "2 .m4a", "1 .txt", "1 linked folders", "1 that are no files, such as broken.wav",
+        "1 without suffix",
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"no \.npy file; it holds .*2 \.m4a"):
+        list_files(tmp_path, (".npy",))
     with pytest.raises(DataError, match="not a folder"):
-        list_inputs(tmp_path / "c.txt", (".npy",))
+        list_files(tmp_path / "c.txt", (".npy",))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt", ".NPZ"])
+def test_every_kind_of_mel_is_written_and_read(tmp_path, suffix):
+    mel = np.random.default_rng(0).standard_normal((80, 7)).astype(np.float32)
+    write_mel(tmp_path / f"mel{suffix}", mel)
+    assert np.array_equal(read_mel(tmp_path / f"mel{suffix}"), mel)
 
 
 def test_importing_io_is_light():

@@ -21,6 +21,12 @@ try:
 except ImportError:  # Windows, where nobody is kept out
     fcntl = None  # type: ignore[assignment]
 
+# Formats with a header that libsndfile reads. Of files with one name the earlier suffix counts.
+AUDIO_SUFFIXES = (
+    ".wav", ".wave", ".flac", ".aiff", ".aif", ".aifc", ".caf", ".w64", ".rf64", ".au", ".snd",
+    ".voc", ".sph", ".nist", ".avr", ".paf", ".pvf", ".sf", ".wve", ".ogg", ".oga", ".opus", ".mp3",
+)  # fmt: skip
+
 # What the system says where there is no room: no space, a quota, a file too large.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

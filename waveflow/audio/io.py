@@ -2,10 +2,11 @@
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -22,42 +23,65 @@ from waveflow.door import check_plain
 from waveflow.errors import AudioError, DataError, MelMismatchError, WaveflowError
 from waveflow.files import output_path
 
-# Formats that libsndfile reads and people keep speech in.
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
 MEL_SUFFIXES = (".npy", ".npz", ".pt")
 
 _FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 
 
-def list_inputs(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> list[Path]:
-    """Files of a folder (not of its sub-folders) with one of the suffixes, by name.
+class Found(NamedTuple):
+    """The files of a folder.
+
+    Attributes:
+        names: with their sub-folders, in order; strings, because there may be millions.
+        left_out: other files in words: a number for each suffix, and the names of broken links.
+    """
+
+    names: list[str]
+    left_out: list[str]
+
+
+def list_files(
+    folder: str | os.PathLike[str], suffixes: Sequence[str], skip: Path | None = None
+) -> Found:
+    """Files of a folder and its sub-folders with one of the suffixes; hidden ones do not count.
 
     Args:
-        folder: Folder to list; hidden files are left out.
-        suffixes: With their dots, in lower case; the case of a file's suffix is ignored.
+        folder: to list. Links to files are followed, links to folders are not.
+        suffixes: with their dots, in lower case; the case of a file's suffix is ignored.
+        skip: a sub-folder that is not looked into, such as that of the outputs.
 
     Raises:
-        DataError: If there is no such folder, or no such file in it.
+        DataError: there is no such folder, or no such file in it.
     """
-    return [Path(folder, name) for name in list_names(folder, suffixes)]
-
-
-def list_names(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> list[str]:
-    """The names of `list_inputs`, without paths: a folder may hold millions."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
-    with os.scandir(folder) as entries:  # one system call for many files
-        found = sorted(
-            entry.name
-            for entry in entries
-            if os.path.splitext(entry.name)[1].lower() in suffixes
-            and entry.is_file()
-            and not entry.name.startswith(".")
-        )
-    if not found:
-        raise DataError(f"{folder} holds no {' or '.join(suffixes)} file")
-    return found
+    names: list[str] = []
+    others: Counter[str] = Counter()
+    skipped = None if skip is None else os.path.realpath(skip)
+    for parent, folders, files in os.walk(os.path.realpath(folder)):
+        inner = os.path.relpath(parent, os.path.realpath(folder))
+        for name in list(folders):
+            path = os.path.join(parent, name)
+            if os.path.islink(path):
+                others["linked folders"] += 1
+            if name.startswith(".") or path == skipped:
+                folders.remove(name)
+        for name in files:
+            if name.startswith("."):
+                continue
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix not in suffixes:
+                others[suffix or "without suffix"] += 1
+            elif os.path.isfile(os.path.join(parent, name)):
+                names.append(name if inner == os.curdir else os.path.join(inner, name))
+            else:
+                others[f"that are no files, such as {name}"] += 1
+    left_out = [f"{n} {what}" for what, n in sorted(others.items())]
+    if not names:
+        there = f"; it holds {', '.join(left_out)}" if left_out else ""
+        raise DataError(f"{folder} holds no {' or '.join(suffixes)} file{there}")
+    return Found(sorted(names), left_out)
 
 
 def read_audio(
@@ -164,7 +188,7 @@ def open_audio(
     """
     path = Path(path)
     check_audio_name(path, float32)
-    subtype = "FLOAT" if float32 else "PCM_16"
+    subtype, format = "FLOAT" if float32 else "PCM_16", _FORMATS[path.suffix.lower()]
 
     def write(audio: np.ndarray) -> None:
         audio = np.asarray(audio)
@@ -178,7 +202,7 @@ def open_audio(
     with (
         _writing(path, AudioError) as temporary,
         soundfile.SoundFile(
-            temporary, "w", sample_rate, 1, subtype, format=_FORMATS[path.suffix.lower()]
+            os.fsencode(temporary), "w", sample_rate, 1, subtype, format=format
         ) as file,
     ):
         yield write
@@ -256,21 +280,34 @@ class _Unread:
 
 
 def write_mel(path: str | os.PathLike[str], mel: np.ndarray) -> None:
-    """Writes a mel (n_mels, F) as float32 .npy, never half written.
+    """Writes a mel (n_mels, F) as float32, never half written.
+
+    Args:
+        path: .npy; .npz, where the array's name is `mel`; or .pt, a tensor.
 
     Raises:
         MelMismatchError: If the suffix is another, the mel is not finite, or the folder is missing
             or cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() != ".npy":
-        raise MelMismatchError(f"cannot write {path}: the name of a mel file must end in .npy")
+    suffix = path.suffix.lower()
+    if suffix not in MEL_SUFFIXES:
+        raise MelMismatchError(f"cannot write {path}: its name must end in .npy, .npz or .pt")
     with np.errstate(over="ignore"):  # values that overflow are refused as infinite
         mel = np.asarray(mel, dtype=np.float32)
     if not np.isfinite(mel).all():
         raise MelMismatchError(f"cannot write {path}: the mel holds NaN or infinite values")
     with _writing(path, MelMismatchError) as temporary:
-        np.save(temporary, mel, allow_pickle=False)
+        if suffix == ".pt":
+            import torch
+
+            torch.save(torch.from_numpy(mel), temporary)
+            return
+        with open(temporary, "wb") as file:  # or numpy would add its suffix to a name in capitals
+            if suffix == ".npy":
+                np.save(file, mel, allow_pickle=False)
+            else:
+                np.savez(file, mel=mel)
 
 
 def _as_mel(mel: np.ndarray, name: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from waveflow.cli import options
-from waveflow.cli.jobs import errors_of, note_about, plan_jobs, run_jobs
+from waveflow.cli.jobs import errors_of, note_about, plan_jobs, run_jobs, seconds
 from waveflow.cli.synthesis import Audio, Recordings
 from waveflow.errors import ConfigError
 
@@ -33,7 +33,7 @@ _INAUDIBLE = 2.0**-16
 
 
 def denoise(
-    source: Recordings,
+    sources: Recordings,
     out: Audio,
     loading: options.Loading,
     strength: Annotated[
@@ -77,11 +77,12 @@ def denoise(
       waveflow denoise in.wav -o out.wav --model waveglow/ --strength 0.05
       waveflow denoise spoken/ -o clean/ --model waveglow/ --bias silence
     """
-    from waveflow.audio.io import AUDIO_SUFFIXES, read_audio, write_audio
+    from waveflow.audio.io import read_audio, write_audio
+    from waveflow.files import AUDIO_SUFFIXES
 
     if noise is not None and (loading.model is not None or bias is not None):
         raise ConfigError("--noise takes the place of a model's: drop --model and --bias")
-    jobs = plan_jobs(source, out, AUDIO_SUFFIXES, ".wav", force)
+    jobs = plan_jobs(sources, out, AUDIO_SUFFIXES, ".wav", force)
     denoiser_at: Callable[[int], Denoiser]
     if noise is None:
         wanted_rate, denoiser_at = _of_model(loading.load(), bias)
@@ -94,7 +95,7 @@ def denoise(
     import numpy as np
     import torch
 
-    def work(path: Path, target: Path) -> None:
+    def work(path: Path, target: Path) -> str:
         recording, rate, changes = read_audio(path, wanted_rate)
         note_about(path, changes)
         denoised = denoiser_at(rate)(torch.from_numpy(recording), strength).numpy()
@@ -102,6 +103,7 @@ def denoise(
             nothing = "nothing to hear was removed; --noise takes a recording of its noise"
             note_about(path, [nothing])
         write_audio(target, denoised, rate, float32)
+        return seconds(len(denoised), rate)
 
     run_jobs(jobs, work)
 

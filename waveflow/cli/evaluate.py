@@ -37,11 +37,11 @@ def evaluate(
       waveflow evaluate recordings/
       waveflow evaluate kathleen/wavs --ids kathleen/val.txt --json figures.json
     """
-    from waveflow.audio.io import AUDIO_SUFFIXES, list_inputs
+    from waveflow.audio.io import list_files
     from waveflow.data.corpus import select_ids
-    from waveflow.files import output_path
+    from waveflow.files import AUDIO_SUFFIXES, output_path
 
-    files = list_inputs(folder, AUDIO_SUFFIXES)
+    files = [folder / name for name in list_files(folder, AUDIO_SUFFIXES).names]
     if ids is not None:
         files = select_ids(files, ids)
     if json_file is not None:

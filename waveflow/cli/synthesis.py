@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from waveflow.cli import options
-from waveflow.cli.console import closed
-from waveflow.cli.jobs import errors_of, note_about, plan_jobs, run_jobs
+from waveflow.cli.console import closed, note
+from waveflow.cli.jobs import errors_of, note_about, output, plan_jobs, run_jobs, seconds
 from waveflow.errors import ConfigError, MelMismatchError
 from waveflow.processes import check_alone
 
@@ -26,11 +26,18 @@ if TYPE_CHECKING:
 PIPE = Path("-")
 
 Recordings = Annotated[
-    Path, typer.Argument(metavar="WAV|FOLDER", help="A recording, or a folder of them.")
+    list[Path],
+    typer.Argument(metavar="WAV|FOLDER...", help="Recordings, or folders of them."),
 ]
 Audio = Annotated[
     Path,
-    typer.Option("-o", "--out", metavar="OUT", help="A .wav or .flac file; a folder for a folder."),
+    typer.Option(
+        "-o",
+        "--out",
+        metavar="OUT",
+        parser=output,
+        help="A .wav or .flac file; a folder for several recordings.",
+    ),
 ]
 
 
@@ -67,10 +74,10 @@ class Speaking(options.Sampling, options.Loading):
 
 
 def vocode(
-    source: Annotated[
-        Path,
+    sources: Annotated[
+        list[Path],
         typer.Argument(
-            metavar="MEL|FOLDER|-", help="A .npy, .npz or .pt file, a folder of them, or stdin."
+            metavar="MEL|FOLDER|-...", help=".npy, .npz or .pt files, folders of them, or stdin."
         ),
     ],
     out: Annotated[
@@ -79,7 +86,8 @@ def vocode(
             "-o",
             "--out",
             metavar="OUT",
-            help="A .wav or .flac file; a folder for a folder; - for stdout.",
+            parser=output,
+            help="A .wav or .flac file; a folder for several mels; - for stdout.",
         ),
     ],
     speaking: Speaking,
@@ -106,17 +114,20 @@ def vocode(
     """
     from waveflow.audio.io import MEL_SUFFIXES, check_audio_name, read_mel, write_audio
 
-    if PIPE in (source, out):
-        _stream(source, out, speaking)
+    if PIPE in (*sources, out):
+        if len(sources) > 1:
+            raise ConfigError("- stands for one mel or one output: name one MEL")
+        _stream(sources[0], out, speaking)
         return
-    jobs = plan_jobs(source, out, MEL_SUFFIXES, ".wav", speaking.force)
-    if not source.is_dir():
+    jobs = plan_jobs(sources, out, MEL_SUFFIXES, ".wav", speaking.force)
+    if jobs.one:
         check_audio_name(out, speaking.float32)
     vocoder = speaking.vocoder()
 
-    def work(path: Path, target: Path) -> None:
+    def work(path: Path, target: Path) -> str:
         audio = speaking.speak(vocoder, read_mel(path), path)
         write_audio(target, audio, vocoder.sample_rate, speaking.float32)
+        return seconds(len(audio), vocoder.sample_rate)
 
     run_jobs(jobs, work)
 
@@ -145,9 +156,13 @@ def _stream(source: Path, out: Path, speaking: Speaking) -> None:
     def on_note(message: str) -> None:
         note_about(name, [message])
 
+    n_samples = 0
     with _opened(out, vocoder.sample_rate, speaking.float32) as write, errors_of(name):
         for piece in vocoder.stream(mels, speaking.options(), on_note=on_note):
             write(piece.cpu().numpy())
+            n_samples += len(piece)
+    if out != PIPE:
+        note(f"{out}, {seconds(n_samples, vocoder.sample_rate)}")
 
 
 @contextmanager
@@ -174,7 +189,7 @@ def _opened(out: Path, sample_rate: int, float32: bool) -> "Iterator[Callable[[n
         raise ConfigError(f"cannot write to stdout: {error.strerror}") from error
 
 
-def resynth(source: Recordings, out: Audio, speaking: Speaking) -> None:
+def resynth(sources: Recordings, out: Audio, speaking: Speaking) -> None:
     """Copy-synthesis: a recording's mel, then new speech from the mel alone.
 
     The copy has the recording's length, at the model's sample rate. Other rates are
@@ -188,33 +203,41 @@ def resynth(source: Recordings, out: Audio, speaking: Speaking) -> None:
       waveflow resynth in.wav -o out.wav --refine 0 --float
       waveflow resynth recordings/ -o copies/ --threads 1
     """
-    from waveflow.audio.io import AUDIO_SUFFIXES, check_audio_name, read_audio, write_audio
+    from waveflow.audio.io import check_audio_name, read_audio, write_audio
+    from waveflow.files import AUDIO_SUFFIXES
 
-    jobs = plan_jobs(source, out, AUDIO_SUFFIXES, ".wav", speaking.force)
-    if not source.is_dir():
+    jobs = plan_jobs(sources, out, AUDIO_SUFFIXES, ".wav", speaking.force)
+    if jobs.one:
         check_audio_name(out, speaking.float32)
     vocoder = speaking.vocoder()
 
-    def work(path: Path, target: Path) -> None:
+    def work(path: Path, target: Path) -> str:
         recording, _, changes = read_audio(path, vocoder.sample_rate)
         note_about(path, changes)
         mel = vocoder.mel_to_copy(recording)
         audio = speaking.speak(vocoder, mel, path, len(recording))
         write_audio(target, audio, vocoder.sample_rate, speaking.float32)
+        return seconds(len(audio), vocoder.sample_rate)
 
     run_jobs(jobs, work)
 
 
 def mel(
-    source: Recordings,
+    sources: Recordings,
     out: Annotated[
         Path,
-        typer.Option("-o", "--out", metavar="OUT", help="A .npy file; a folder for a folder."),
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="OUT",
+            parser=output,
+            help="A .npy, .npz or .pt file; a folder of .npy files for several recordings.",
+        ),
     ],
     model: options.Model = None,
     preset: Annotated[
         options.MelPreset | None,
-        typer.Option("--preset", help="Mel settings by name instead of a model's."),
+        typer.Option("--mel", "--preset", help="Mel settings by name instead of a model's."),
     ] = None,
     threads: options.Threads = None,
     force: options.Force = False,
@@ -227,12 +250,13 @@ def mel(
     \b
     Examples:
       waveflow mel in.wav -o mel.npy
-      waveflow mel in.wav -o mel.npy --preset nvidia
+      waveflow mel in.wav -o mel.npy --mel nvidia
       waveflow mel recordings/ -o mels/ --model runs/x
     """
-    from waveflow.audio.io import AUDIO_SUFFIXES, read_audio, write_mel
+    from waveflow.audio.io import read_audio, write_mel
+    from waveflow.files import AUDIO_SUFFIXES
 
-    jobs = plan_jobs(source, out, AUDIO_SUFFIXES, ".npy", force)
+    jobs = plan_jobs(sources, out, AUDIO_SUFFIXES, ".npy", force)
     config = _mel_config(model, preset)
 
     import torch
@@ -242,10 +266,12 @@ def mel(
     options.set_threads(threads)
     spectrogram = MelSpectrogram(config)
 
-    def work(path: Path, target: Path) -> None:
+    def work(path: Path, target: Path) -> str:
         recording, _, changes = read_audio(path, config.sample_rate)
         note_about(path, changes)
-        write_mel(target, spectrogram(torch.from_numpy(recording)).numpy())
+        result = spectrogram(torch.from_numpy(recording)).numpy()
+        write_mel(target, result)
+        return f"{result.shape[0]} bands, {result.shape[1]} frames"
 
     run_jobs(jobs, work)
 
@@ -258,5 +284,5 @@ def _mel_config(model: str | None, preset: options.MelPreset | None) -> "MelConf
     if preset is None:
         return read_card(model_folder(model)).mel
     if model is not None:
-        raise ConfigError("--model and --preset both choose the mel settings: give one of them")
+        raise ConfigError("--model and --mel both choose the mel settings: give one of them")
     return MEL_PRESETS[preset]

@@ -13,25 +13,10 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 
 from waveflow.errors import DataError
+from waveflow.files import AUDIO_SUFFIXES
 
 Split = Literal["train", "val"]
 
-# If two files have one id, the earlier suffix in this list wins.
-CORPUS_SUFFIXES = (
-    ".wav",
-    ".flac",
-    ".aiff",
-    ".aif",
-    ".aifc",
-    ".caf",
-    ".w64",
-    ".rf64",
-    ".au",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".mp3",
-)
 # Recordings all the same, which are named among those left out.
 _OTHER_SUFFIXES = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".amr", ".ape", ".wv")
 _AUDIO_FOLDERS = ("wavs", "wav")
@@ -97,7 +82,7 @@ def read_corpus(folder: Path) -> Corpus:
         _check_no_corpora_in(folder)
     files, ignored = _audio_files(audio_folder)
     if not files:
-        raise DataError(f"no audio in {audio_folder}: expected {', '.join(CORPUS_SUFFIXES)} files")
+        raise DataError(f"no audio in {audio_folder}: expected {', '.join(AUDIO_SUFFIXES)} files")
     # Without folders among the ids, any path ends in an id.
     names = {folder.name, folder.resolve().name, *_AUDIO_FOLDERS} if _has_folders(files) else set()
     ids = _metadata_ids(metadata, files, names) if metadata.is_file() else sorted(files)
@@ -153,14 +138,14 @@ def _audio_files(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, str]]]
             continue
         if suffix in _OTHER_SUFFIXES:
             ignored.append((full, f"{suffix} is not read: convert it to .flac or .wav"))
-        elif suffix in CORPUS_SUFFIXES and not full.is_file():
+        elif suffix in AUDIO_SUFFIXES and not full.is_file():
             ignored.append((full, "it is a dangling link, or no plain file"))
-        elif suffix in CORPUS_SUFFIXES and not _is_utf8(str(path)):
+        elif suffix in AUDIO_SUFFIXES and not _is_utf8(str(path)):
             ignored.append((full, "its name is not UTF-8: rename it"))
-        elif suffix in CORPUS_SUFFIXES:
+        elif suffix in AUDIO_SUFFIXES:
             found.append(path)
     files: dict[str, Path] = {}
-    for path in sorted(found, key=lambda p: (CORPUS_SUFFIXES.index(p.suffix.lower()), p)):
+    for path in sorted(found, key=lambda p: (AUDIO_SUFFIXES.index(p.suffix.lower()), p)):
         first = files.setdefault(_id(path.with_suffix("").as_posix()), folder / path)
         if first != folder / path:
             ignored.append((folder / path, f"{first.name} has the same id"))
@@ -224,7 +209,7 @@ def _find(name: str, files: Container[str], folders: set[str]) -> str | None:
         stem, suffix = os.path.splitext(whole)
         if whole in files:
             return whole
-        if suffix.lower() in CORPUS_SUFFIXES and stem in files:
+        if suffix.lower() in AUDIO_SUFFIXES and stem in files:
             return stem
     return None
 
