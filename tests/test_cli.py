@@ -643,7 +643,7 @@ def test_an_internal_error_is_one_line_and_a_traceback_only_under_debug(
     def broken(path: Path) -> np.ndarray:
         raise ValueError("first line\nsecond line")
 
-    monkeypatch.setattr("audio_io.read_mel", broken)
+    monkeypatch.setattr(audio_io, "read_mel", broken)
     args = ("vocode", mel_file, "-o", tmp_path / "out.wav", "--model", tiny_model)
     assert_one_line(run(*args), "ValueError", "first line", "--debug", status=1)
     result = run("--debug", *args)

@@ -406,7 +406,7 @@ def test_vocode_names_padding(
     source, out = tmp_path / "a.npy", tmp_path / "a.wav"
     np.save(source, padded(mel, 0.0, "end")[0].numpy())
     assert not main(["vocode", str(source), "-o", str(out), "--model", str(tiny_model)])
-    assert "12 of" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert "12 of" in (err := capsys.readouterr().err) and err.count("\n") == 2
 
 
 # --- long-lived processes ---

@@ -24,7 +24,7 @@ import soundfile
 import torch
 
 from waveflow.audio.formats import decode_audio
-from waveflow.audio.io import read_audio, read_mel, read_mels
+from waveflow.audio.io import read_audio, read_channel, read_mel, read_mels
 from waveflow.audio.mel_config import MEL_PRESETS, MelConfig
 from waveflow.budget import Budget
 from waveflow.checkpoint import CONFIG, MANIFEST, RUN_POINTER, WEIGHTS, load_checkpoint
@@ -888,9 +888,9 @@ def test_a_fault_of_ours_is_called_one(
     def fail_at_odd(path: Path) -> object:
         if path.name == "odd.wav":
             raise error
-        return read_audio(path)
+        return read_channel(path)
 
-    monkeypatch.setattr(clips_module, "read_audio", fail_at_odd)
+    monkeypatch.setattr(clips_module, "read_channel", fail_at_odd)
     status = main(["prepare", str(voice), "-o", str(tmp_path / "cache"), "--workers", "1"])
     assert status == (1 if reason == "internal error" else 0)
     out = capsys.readouterr().out
