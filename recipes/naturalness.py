@@ -32,7 +32,7 @@ import typer
 from torch import nn
 
 import waveflow
-from waveflow.audio.io import list_inputs, read_audio
+from waveflow.audio.io import find_files, read_audio
 from waveflow.data.corpus import select_ids
 from waveflow.engine.options import SynthesisOptions
 from waveflow.errors import WaveflowError
@@ -73,7 +73,7 @@ def main(
     torch.set_num_threads(1)
     try:
         options = SynthesisOptions(seed=seed, refine=refine)
-        files = list_inputs(folder, SUFFIXES)
+        files = [folder / name for name in find_files(folder, SUFFIXES)[0]]
         files = files if ids is None else select_ids(files, ids)
         vocoder = None if as_is else waveflow.load(model)
         network = load_distillmos()

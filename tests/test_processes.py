@@ -227,6 +227,25 @@ def test_processes_share_a_folder_and_rank_0_reports(in_turns, mels, tmp_path, t
         assert (shared / name).read_bytes() == (alone / name).read_bytes()
 
 
+def test_a_fault_of_ours_in_any_process_is_in_the_status(
+    in_turns, mels, tmp_path, tiny_model, monkeypatch
+):
+    from waveflow.audio import io
+
+    read = io.read_mel
+
+    def broken(path: Path) -> np.ndarray:
+        if path.name == "clip1.npy":  # of rank 1
+            raise ZeroDivisionError("never thought of")
+        return read(path)
+
+    monkeypatch.setattr(io, "read_mel", broken)
+    first, other = in_turns(2, "vocode", mels, "-o", tmp_path / "wavs", "--model", tiny_model)
+    assert first.status == 1 and other == SILENT
+    summary, fault = ours(first.err)
+    assert "4 written" in summary and "clip1.npy: internal error (ZeroDivisionError)" in fault
+
+
 def test_each_file_is_made_once(in_turns, mels, tmp_path, tiny_model, monkeypatch):
     from waveflow.audio import io
 

@@ -23,9 +23,12 @@ except ImportError:  # Windows, where nobody is kept out
 
 # Formats with a header that libsndfile reads. Of files with one name the earlier suffix counts.
 AUDIO_SUFFIXES = (
-    ".wav", ".wave", ".flac", ".aiff", ".aif", ".aifc", ".caf", ".w64", ".rf64", ".au", ".snd",
-    ".voc", ".sph", ".nist", ".avr", ".paf", ".pvf", ".sf", ".wve", ".ogg", ".oga", ".opus", ".mp3",
+    ".wav", ".wave", ".bwf", ".flac", ".aiff", ".aif", ".aifc", ".caf", ".w64", ".rf64", ".au",
+    ".snd", ".voc", ".sph", ".nist", ".avr", ".paf", ".pvf", ".svx", ".8svx", ".ircam", ".sf",
+    ".wve", ".ogg", ".oga", ".opus", ".mp3", ".mp2",
 )  # fmt: skip
+# Recordings all the same, which are named among what was left out.
+UNREAD_SUFFIXES = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".amr", ".ape", ".wv")
 
 # What the system says where there is no room: no space, a quota, a file too large.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -2,11 +2,10 @@
 
 import itertools
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -21,67 +20,80 @@ from waveflow.audio.formats import (
 from waveflow.audio.samples import check_range, mixed_down, without_offset
 from waveflow.door import check_plain
 from waveflow.errors import AudioError, DataError, MelMismatchError, WaveflowError
-from waveflow.files import output_path
+from waveflow.files import UNREAD_SUFFIXES, output_path
 
 MEL_SUFFIXES = (".npy", ".npz", ".pt")
 
 _FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 
 
-class Found(NamedTuple):
-    """The files of a folder.
-
-    Attributes:
-        names: with their sub-folders, in order; strings, because there may be millions.
-        left_out: other files in words: a number for each suffix, and the names of broken links.
-    """
-
-    names: list[str]
-    left_out: list[str]
-
-
-def list_files(
-    folder: str | os.PathLike[str], suffixes: Sequence[str], skip: Path | None = None
-) -> Found:
-    """Files of a folder and its sub-folders with one of the suffixes; hidden ones do not count.
+def find_files(
+    folder: str | os.PathLike[str], suffixes: Sequence[str], without: str | None = None
+) -> tuple[list[str], list[str]]:
+    """Finds the files with one of the suffixes in a folder and in the folders below it.
 
     Args:
-        folder: to list. Links to files are followed, links to folders are not.
-        suffixes: with their dots, in lower case; the case of a file's suffix is ignored.
-        skip: a sub-folder that is not looked into, such as that of the outputs.
+        folder: Folder to search; hidden files and hidden folders are left out.
+        suffixes: With their dots, in lower case; the case of a file's suffix is ignored.
+        without: Path of a folder below, which is left out: where outputs go.
+
+    Returns:
+        The paths of the files within the folder, sorted. They are plain strings: there may be
+        millions. And what was left out although it may be wanted, each with the reason, in words.
 
     Raises:
-        DataError: there is no such folder, or no such file in it.
+        DataError: If there is no such folder, or no such file in it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"{folder} is not a folder")
-    names: list[str] = []
-    others: Counter[str] = Counter()
-    skipped = None if skip is None else os.path.realpath(skip)
-    for parent, folders, files in os.walk(os.path.realpath(folder)):
-        inner = os.path.relpath(parent, os.path.realpath(folder))
-        for name in list(folders):
-            path = os.path.join(parent, name)
-            if os.path.islink(path):
-                others["linked folders"] += 1
-            if name.startswith(".") or path == skipped:
-                folders.remove(name)
-        for name in files:
-            if name.startswith("."):
-                continue
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix not in suffixes:
-                others[suffix or "without suffix"] += 1
-            elif os.path.isfile(os.path.join(parent, name)):
-                names.append(name if inner == os.curdir else os.path.join(inner, name))
-            else:
-                others[f"that are no files, such as {name}"] += 1
-    left_out = [f"{n} {what}" for what, n in sorted(others.items())]
-    if not names:
-        there = f"; it holds {', '.join(left_out)}" if left_out else ""
-        raise DataError(f"{folder} holds no {' or '.join(suffixes)} file{there}")
-    return Found(sorted(names), left_out)
+    found: list[str] = []
+    left_out: list[str] = []
+    excluded = None if without is None else os.path.realpath(without)
+    pending = [""]
+    while pending:
+        inner = pending.pop()
+        try:
+            with os.scandir(os.path.join(folder, inner)) as entries:  # a system call for many files
+                visible = [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            if not inner:
+                raise
+            left_out.append(f"{inner} ({error.strerror})")
+            continue
+        for entry in visible:
+            path = os.path.join(inner, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                if os.path.realpath(entry.path) != excluded:
+                    pending.append(path)
+            elif reason := _reason_to_skip(entry, suffixes):
+                left_out.append(f"{path} ({reason})")
+            elif entry.name.lower().endswith(tuple(suffixes)):
+                found.append(path)
+    if not found:
+        also = f"; {listed(left_out)}" if left_out else ""
+        raise DataError(f"{folder} holds no {', '.join(suffixes)} file{also}")
+    return sorted(found), sorted(left_out)
+
+
+def _reason_to_skip(entry: os.DirEntry[str], suffixes: Sequence[str]) -> str:
+    """Why a file is left out although it may be wanted; an empty text for all others."""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if entry.is_symlink() and os.path.isdir(entry.path):
+        return "a link to a folder is not followed"
+    if suffix in UNREAD_SUFFIXES and ".wav" in suffixes:
+        return f"{suffix} is not read: convert it to .flac or .wav"
+    if suffix not in suffixes:
+        return ""
+    if entry.is_symlink():  # in a circle, too, where the entry's own method raises
+        return "" if os.path.isfile(entry.path) else "a dangling link, or to no plain file"
+    return "" if entry.is_file() else "no plain file"
+
+
+def listed(left_out: Sequence[str]) -> str:
+    """What was left out, counted and named, as one line that has an end."""
+    most = 20
+    more = f" and {len(left_out) - most:,} more" if len(left_out) > most else ""
+    return f"{len(left_out):,} left out: {', '.join(left_out[:most])}{more}"
 
 
 def read_audio(
@@ -188,7 +200,7 @@ def open_audio(
     """
     path = Path(path)
     check_audio_name(path, float32)
-    subtype, format = "FLOAT" if float32 else "PCM_16", _FORMATS[path.suffix.lower()]
+    subtype = "FLOAT" if float32 else "PCM_16"
 
     def write(audio: np.ndarray) -> None:
         audio = np.asarray(audio)
@@ -202,7 +214,10 @@ def open_audio(
     with (
         _writing(path, AudioError) as temporary,
         soundfile.SoundFile(
-            os.fsencode(temporary), "w", sample_rate, 1, subtype, format=format
+            # As bytes, since soundfile takes only names that are UTF-8.
+            os.fsencode(temporary) if os.name == "posix" else temporary,
+            *("w", sample_rate, 1, subtype),
+            format=_FORMATS[path.suffix.lower()],
         ) as file,
     ):
         yield write
@@ -283,31 +298,37 @@ def write_mel(path: str | os.PathLike[str], mel: np.ndarray) -> None:
     """Writes a mel (n_mels, F) as float32, never half written.
 
     Args:
-        path: .npy; .npz, where the array's name is `mel`; or .pt, a tensor.
+        path: .npy, .npz (the array is named `mel`) or .pt (a tensor), as `read_mel` takes them.
+        mel: (n_mels, F), finite.
 
     Raises:
         MelMismatchError: If the suffix is another, the mel is not finite, or the folder is missing
             or cannot be written.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in MEL_SUFFIXES:
-        raise MelMismatchError(f"cannot write {path}: its name must end in .npy, .npz or .pt")
+    check_mel_name(path)
     with np.errstate(over="ignore"):  # values that overflow are refused as infinite
         mel = np.asarray(mel, dtype=np.float32)
     if not np.isfinite(mel).all():
         raise MelMismatchError(f"cannot write {path}: the mel holds NaN or infinite values")
-    with _writing(path, MelMismatchError) as temporary:
-        if suffix == ".pt":
-            import torch
-
-            torch.save(torch.from_numpy(mel), temporary)
-            return
-        with open(temporary, "wb") as file:  # or numpy would add its suffix to a name in capitals
-            if suffix == ".npy":
+    with _writing(path, MelMismatchError) as temporary, open(temporary, "wb") as file:
+        match path.suffix.lower():
+            case ".npy":
                 np.save(file, mel, allow_pickle=False)
-            else:
+            case ".npz":
                 np.savez(file, mel=mel)
+            case _:
+                import torch
+
+                torch.save(torch.from_numpy(mel), file)
+
+
+def check_mel_name(path: Path) -> None:
+    """Raises MelMismatchError for a name that `write_mel` would refuse after the long work."""
+    if path.suffix.lower() not in MEL_SUFFIXES:
+        raise MelMismatchError(
+            f"cannot write {path}: the name of a mel file must end in .npy, .npz or .pt"
+        )
 
 
 def _as_mel(mel: np.ndarray, name: str) -> np.ndarray:

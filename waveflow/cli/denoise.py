@@ -68,8 +68,8 @@ def denoise(
     With a model: for speech that it made, at its sample rate; the hum that it makes
     of an empty mel is subtracted. With --noise: for any recording, at its own rate,
     with a pause cut from it (a second is plenty). The result is as long as the
-    recording. A folder becomes a folder of .wav files; those that are there already
-    are kept.
+    recording. Several, or a folder with the folders in it, become a folder of .wav
+    files; those that are there already are kept.
 
     \b
     Examples:
@@ -77,12 +77,14 @@ def denoise(
       waveflow denoise in.wav -o out.wav --model waveglow/ --strength 0.05
       waveflow denoise spoken/ -o clean/ --model waveglow/ --bias silence
     """
-    from waveflow.audio.io import read_audio, write_audio
+    from waveflow.audio.io import check_audio_name, read_audio, write_audio
     from waveflow.files import AUDIO_SUFFIXES
 
     if noise is not None and (loading.model is not None or bias is not None):
         raise ConfigError("--noise takes the place of a model's: drop --model and --bias")
     jobs = plan_jobs(sources, out, AUDIO_SUFFIXES, ".wav", force)
+    if jobs.names is None:
+        check_audio_name(jobs.out, float32)
     denoiser_at: Callable[[int], Denoiser]
     if noise is None:
         wanted_rate, denoiser_at = _of_model(loading.load(), bias)

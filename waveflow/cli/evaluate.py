@@ -8,6 +8,7 @@ import typer
 
 from waveflow.cli import options
 from waveflow.cli.console import counting, note, show, show_table
+from waveflow.cli.jobs import note_left_out
 from waveflow.processes import join_group, merge
 
 
@@ -37,11 +38,12 @@ def evaluate(
       waveflow evaluate recordings/
       waveflow evaluate kathleen/wavs --ids kathleen/val.txt --json figures.json
     """
-    from waveflow.audio.io import list_files
+    from waveflow.audio.io import find_files
     from waveflow.data.corpus import select_ids
     from waveflow.files import AUDIO_SUFFIXES, output_path
 
-    files = [folder / name for name in list_files(folder, AUDIO_SUFFIXES).names]
+    names, left_out = find_files(folder, AUDIO_SUFFIXES)
+    files = [folder / name for name in names]
     if ids is not None:
         files = select_ids(files, ids)
     if json_file is not None:
@@ -78,6 +80,7 @@ def evaluate(
         show(f"correlation of two draws: {result.draw_correlation:.3f}")
     if result.missing:
         note(f"left out, their packages are missing: {', '.join(result.missing)}")
+    note_left_out(left_out)
     for bad in result.bad_files:
         note(bad.message)
     if result.bad_files:

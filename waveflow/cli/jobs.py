@@ -1,13 +1,12 @@
-"""Turns one file into one file, or files and folders into a folder: for verbs that do both.
+"""Turns one file into one file, or many files into a folder: for verbs that do both.
 
-Under torchrun each process makes its share of a folder's files, and rank 0 reports for all.
+Under torchrun each process makes its share of the files, and rank 0 reports for all.
 """
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,142 +17,149 @@ from waveflow.cli.options import check_writable
 from waveflow.errors import AudioError, ConfigError, DataError, MelMismatchError, WaveflowError
 from waveflow.processes import ALONE, Group, check_alone, join_group
 
-logger = logging.getLogger(__name__)
-
 
 class Jobs(NamedTuple):
     """The outputs that this process has to make.
 
     Attributes:
+        source: the input, if there is one output file; otherwise unused.
         out: the output, a file or a folder.
-        pairs: this process's share: outputs, within `out`, by inputs. There may be millions, so
-            they are plain strings. Of one file the output is empty.
-        one: whether one file becomes one file.
+        names: for a folder, this process's share: paths of outputs within it by paths of inputs.
+            There may be millions, so they are plain strings. None for one file.
         n_kept: outputs of the share that are there already and stay.
-        left_out: files of the folder that are no inputs, in words.
-        group: the processes that share the work.
+        left_out: files of a folder that are no inputs although they may be wanted, in words.
+        group: the processes that share the folder.
     """
 
+    source: Path
     out: Path
-    pairs: dict[str, str]
-    one: bool = False
-    n_kept: int = 0
-    left_out: tuple[str, ...] = ()
-    group: Group = ALONE
+    names: dict[str, str] | None
+    n_kept: int
+    left_out: Sequence[str]
+    group: Group
 
 
 def plan_jobs(
-    sources: Sequence[Path], out: Path, suffixes: Sequence[str], out_suffix: str, force: bool
+    sources: Sequence[Path], out: str, suffixes: Sequence[str], out_suffix: str, force: bool
 ) -> Jobs:
     """Pairs inputs and outputs, before anything is loaded or written.
 
+    One file becomes one file, unless `out` is a folder or ends in a slash. All else becomes a
+    folder, which is made.
+
     Args:
-        sources: files and folders; of a folder and its sub-folders, the files with one of the
-            suffixes are inputs.
-        out: the output file of one input file; otherwise the folder of the outputs, which is made,
-            with the sub-folders of the inputs.
+        sources: files and folders; of a folder, the files with one of the suffixes are inputs,
+            also those in folders below it, which the outputs mirror.
+        out: the output file, or the folder of the outputs.
         out_suffix: suffix of the outputs in a folder.
         force: whether to make outputs in a folder again that are there already.
 
     Raises:
-        DataError: a source is missing, or is a folder without inputs.
+        DataError: the one source is missing, or a folder has no inputs.
         ConfigError: an output is also an input, two inputs have one output, `out` cannot be
             written, or several processes would make one file.
     """
-    from waveflow.audio.io import list_files
-
-    for source in sources:
-        if not source.exists():
-            raise DataError(f"{source} does not exist")
-    if len(sources) == 1 and not sources[0].is_dir() and not names_folder(out):
-        check_alone(f"the file {sources[0]}")
-        if out.exists() and out.samefile(sources[0]):
-            raise _also_an_input(out)
-        check_writable(out)
-        return Jobs(out, {str(sources[0]): ""}, one=True)
-    pairs: dict[str, str] = {}
-    left_out: list[str] = []
-    for source in sources:
-        if source.is_dir():
-            found = list_files(source, suffixes, skip=out)
-            for name in found.names:
-                pairs[os.path.join(source, name)] = _renamed(name, out_suffix)
-            left_out.extend(found.left_out)
-        else:
-            pairs[str(source)] = _renamed(source.name, out_suffix)
-    _check_one_to_one(pairs)
-    _make_folder(out)
-    _check_apart(pairs, out)
+    target = Path(out)
+    to_folder = target.is_dir() or out.endswith(("/", os.sep))
+    if len(sources) == 1 and not sources[0].is_dir():
+        if not sources[0].exists():
+            raise DataError(f"{sources[0]} does not exist")
+        if not to_folder:
+            check_alone(f"the file {sources[0]}")
+            _check_apart(sources[0], target)
+            check_writable(target)
+            return Jobs(sources[0], target, None, 0, (), ALONE)
+    elif not to_folder and len(sources) > 1 and target.suffix:
+        raise ConfigError(
+            f"{len(sources)} inputs need a folder for their outputs, and {out} is the name of a "
+            f"file: end it in a slash if it is a folder"
+        )
+    names, left_out = _pairs(sources, suffixes, out_suffix, out)
+    _make_folder(target)
+    _check_folders_apart(names, out, force)
     group = join_group()
-    share = {path: pairs[path] for path in group.share(list(pairs))}
-    made = set() if force else {target for target in share.values() if _is_file(out, target)}
-    todo = {path: target for path, target in share.items() if target not in made}
-    return Jobs(out, todo, False, len(share) - len(todo), tuple(left_out), group)
-
-
-def names_folder(out: Path) -> bool:
-    """Whether an output is a folder: one that is there, or a name with a slash at its end."""
-    return isinstance(out, FolderPath) or out.is_dir()
-
-
-class FolderPath(type(Path())):  # type: ignore[misc]
-    """A path that was written with a slash at its end, which `Path` forgets."""
-
-
-def output(text: str) -> Path:
-    """An output as the user wrote it."""
-    return FolderPath(text) if text.endswith(("/", os.sep)) else Path(text)
+    share = {name: names[name] for name in group.share(list(names))}
+    n_all = len(share)
+    if not force:
+        made = _files_among(set(share.values()), out)
+        share = {name: end for name, end in share.items() if end not in made}
+    return Jobs(Path(), target, share, n_all - len(share), left_out, group)
 
 
 def run_jobs(jobs: Jobs, work: Callable[[Path, Path], str]) -> None:
     """Calls `work(input, output)` for each pair; it returns the output's size in words.
 
-    Of several files it goes on after one that fails, for whatever reason, and reports at the end.
+    In a folder it goes on after a file that fails for any reason, and reports at the end.
 
     Raises:
         WaveflowError: the one file cannot be used.
-        typer.Exit: some of several files failed, with status 2, or 1 if that is our fault.
+        typer.Exit: with status 2, if files of a folder could not be used, and with 1, if a fault of
+            ours was the reason in another process.
+        Exception: the first fault of ours in this process, after the report.
     """
-    if jobs.one:
-        [source] = jobs.pairs
-        note(f"{jobs.out}, {work(Path(source), jobs.out)}")
+    if jobs.names is None:
+        note_written(jobs.out, work(jobs.source, jobs.out))
         return
     bad: list[str] = []
     faults: list[str] = []
+    first_fault: Exception | None = None
     with counting("files", jobs.group) as progress:
-        for done, (source, target) in enumerate(jobs.pairs.items(), start=1):
+        for done, (name, end) in enumerate(jobs.names.items(), start=1):
+            target = jobs.out / end
             try:
-                path = jobs.out / target
-                path.parent.mkdir(parents=True, exist_ok=True)
-                work(Path(source), path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                work(Path(name), target)
             except WaveflowError as error:
                 bad.append(str(error))
             except OSError as error:
-                bad.append(f"{source}: {error.strerror or error}")
+                bad.append(f"{name}: {error.strerror or error}")
             except Exception as error:
+                first_fault = first_fault or error
                 reason = (str(error).splitlines() or [""])[0]
-                faults.append(f"{source}: internal error ({type(error).__name__}): {reason}")
-                logger.debug("%s", source, exc_info=error)
-            progress(done, len(jobs.pairs))
-    n_written = len(jobs.pairs) - len(bad) - len(faults)
+                faults.append(f"{name}: internal error ({type(error).__name__}): {reason}")
+            progress(done, len(jobs.names))
+    n_written = len(jobs.names) - len(bad) - len(faults)
     shares = jobs.group.gather("jobs", (n_written, jobs.n_kept, bad, faults))
-    if shares is not None:
-        written, kept, *failures = zip(*shares, strict=True)
-        _report(jobs, sum(written), sum(kept), *(list(chain(*part)) for part in failures))
+    if shares is None:
+        return
+    status = _report(jobs, shares)
+    if first_fault is not None:
+        raise first_fault
+    if status:
+        raise typer.Exit(status)
 
 
-def _report(jobs: Jobs, n_written: int, n_kept: int, bad: list[str], faults: list[str]) -> None:
-    n_processes, n_failed = jobs.group.world_size, len(bad) + len(faults)
+def _report(jobs: Jobs, shares: Sequence[tuple[int, int, list[str], list[str]]]) -> int:
+    """Prints what all processes have done; returns the exit status."""
+    written, kept, bad, faults = zip(*shares, strict=True)
+    n_processes = jobs.group.world_size
     by = f" by {n_processes} processes" if n_processes > 1 else ""
-    kept = f", {n_kept} kept (--force makes them again)" if n_kept else ""
-    failed = f", {n_failed} failed:" if n_failed else ""
-    note(f"{n_written} written to {jobs.out}{by}{kept}{failed}")
-    for message in (*bad, *faults):
+    stayed = f", {sum(kept)} kept (--force makes them again)" if sum(kept) else ""
+    messages = [message for lists in (bad, faults) for part in lists for message in part]
+    failed = f", {len(messages)} failed:" if messages else ""
+    note(f"{sum(written)} written to {jobs.out}{by}{stayed}{failed}")
+    for message in messages:
         note(message)
-    if jobs.left_out:
-        note(f"left out: {', '.join(jobs.left_out)}")
-    if n_failed:
-        raise typer.Exit(1 if faults else 2)
+    note_left_out(jobs.left_out)
+    return 1 if any(faults) else 2 if messages else 0
+
+
+def note_left_out(left_out: Sequence[str]) -> None:
+    """Prints what a folder holds and nobody reads, if there is any, as one line."""
+    if left_out:
+        from waveflow.audio.io import listed
+
+        note(listed(left_out))
+
+
+def note_written(out: Path, size: str) -> None:
+    """Prints that a file is there, and its size in words."""
+    note(f"{out}, {size}")
+
+
+def seconds(n_samples: int, sample_rate: int) -> str:
+    """The length of audio in words."""
+    return f"{n_samples / sample_rate:.1f} s"
 
 
 @contextmanager
@@ -163,11 +169,6 @@ def errors_of(source: Path | str) -> Iterator[None]:
         yield
     except (AudioError, MelMismatchError) as error:
         raise type(error)(f"{source}: {error}") from error
-
-
-def seconds(n_samples: int, sample_rate: int) -> str:
-    """The length of audio in words."""
-    return f"{n_samples / sample_rate:.1f} s"
 
 
 def note_about(source: Path | str, notes: Sequence[str]) -> None:
@@ -186,30 +187,75 @@ def _make_folder(out: Path) -> None:
         raise ConfigError(f"cannot write to the folder {out}: no permission")
 
 
+def _pairs(
+    sources: Sequence[Path], suffixes: Sequence[str], out_suffix: str, out: str
+) -> tuple[dict[str, str], list[str]]:
+    """Names of outputs by paths of inputs, and what was left out of folders.
+
+    Raises:
+        DataError: a folder has no inputs.
+        ConfigError: two inputs have one output.
+    """
+    from waveflow.audio.io import find_files
+
+    names: dict[str, str] = {}
+    left_out: list[str] = []
+    for source in sources:
+        if source.is_dir():
+            found, others = find_files(source, suffixes, without=out)
+            left_out += others
+            names |= {os.path.join(source, name): _renamed(name, out_suffix) for name in found}
+        else:
+            names[str(source)] = _renamed(source.name, out_suffix)
+    makers: dict[str, str] = {}
+    for name, target in names.items():
+        if target in makers:
+            raise ConfigError(f"{makers[target]} and {name} would both become {target}")
+        makers[target] = name
+    return names, left_out
+
+
 def _renamed(name: str, suffix: str) -> str:
     return os.path.splitext(name)[0] + suffix
 
 
-def _is_file(out: Path, target: str) -> bool:
-    return os.path.isfile(os.path.join(out, target))
+def _files_among(names: set[str], folder: str) -> set[str]:
+    """The paths within a folder that are files; each folder is read once."""
+    found = set()
+    for inner in {os.path.dirname(name) for name in names}:
+        path = os.path.join(folder, inner)
+        if os.path.isdir(path):
+            with os.scandir(path) as entries:
+                paths = [os.path.join(inner, entry.name) for entry in entries if entry.is_file()]
+            found |= names.intersection(paths)
+    return found
 
 
-def _check_one_to_one(pairs: dict[str, str]) -> None:
-    """Refuses two inputs whose outputs would have one name."""
-    makers: dict[str, str] = {}
-    for path, target in pairs.items():
-        if target in makers:
-            raise ConfigError(f"{makers[target]} and {path} would both become {target}")
-        makers[target] = path
+def _check_apart(source: Path, out: Path) -> None:
+    """Refuses an output that is the input, whatever their names are."""
+    if out.exists() and out.samefile(source):
+        raise _also_an_input(out)
 
 
-def _check_apart(pairs: dict[str, str], out: Path) -> None:
+def _check_folders_apart(names: dict[str, str], out: str, force: bool) -> None:
     """Refuses an output that is an input: both in one folder, or one is a link to the other."""
-    # Some file systems ignore case.
-    read = {os.path.realpath(path).casefold() for path in pairs}
-    for target in pairs.values():
-        path = os.path.join(out, target)
-        if os.path.realpath(path).casefold() in read:
+    real = cache(os.path.realpath)
+
+    def place(path: str) -> tuple[str, str]:
+        folder, name = os.path.split(path)
+        return real(folder), name.casefold()  # some file systems ignore case
+
+    targets = [os.path.join(out, target) for target in names.values()]
+    outputs = {real(folder) for folder in {os.path.dirname(path) for path in targets}}
+    read = {place(name) for name in names if real(os.path.dirname(name)) in outputs}
+    links: set[str] = set()
+    if force:  # otherwise existing outputs stay
+        read |= {place(os.path.realpath(name)) for name in names if os.path.islink(name)}
+        links = {path for path in targets if os.path.islink(path)}
+    if links:  # they would be written through
+        read |= {place(name) for name in names}
+    for path in targets if read else ():
+        if place(path) in read or (path in links and place(os.path.realpath(path)) in read):
             raise _also_an_input(Path(path))
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from waveflow.cli import options
-from waveflow.cli.console import closed, note
-from waveflow.cli.jobs import errors_of, note_about, output, plan_jobs, run_jobs, seconds
+from waveflow.cli.console import closed
+from waveflow.cli.jobs import errors_of, note_about, note_written, plan_jobs, run_jobs, seconds
 from waveflow.errors import ConfigError, MelMismatchError
 from waveflow.processes import check_alone
 
@@ -27,17 +27,12 @@ PIPE = Path("-")
 
 Recordings = Annotated[
     list[Path],
-    typer.Argument(metavar="WAV|FOLDER...", help="Recordings, or folders of them."),
+    typer.Argument(metavar="WAV|FOLDER...", help="A recording, several, or a folder of them."),
 ]
+# A text, since a path forgets the slash at its end.
 Audio = Annotated[
-    Path,
-    typer.Option(
-        "-o",
-        "--out",
-        metavar="OUT",
-        parser=output,
-        help="A .wav or .flac file; a folder for several recordings.",
-    ),
+    str,
+    typer.Option("-o", "--out", metavar="OUT", help="A .wav or .flac file; or a folder, for many."),
 ]
 
 
@@ -77,17 +72,17 @@ def vocode(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="MEL|FOLDER|-...", help=".npy, .npz or .pt files, folders of them, or stdin."
+            metavar="MEL|FOLDER|-...",
+            help="A .npy, .npz or .pt file, several, a folder of them, or stdin.",
         ),
     ],
     out: Annotated[
-        Path,
+        str,
         typer.Option(
             "-o",
             "--out",
             metavar="OUT",
-            parser=output,
-            help="A .wav or .flac file; a folder for several mels; - for stdout.",
+            help="A .wav or .flac file; or a folder, for many; - for stdout.",
         ),
     ],
     speaking: Speaking,
@@ -95,9 +90,10 @@ def vocode(
     """Mel spectrograms to speech.
 
     A mel is an array (bands, frames) of natural logarithms: .npy, .npz with one
-    array or one named `mel`, or .pt with one tensor. A folder becomes a folder of
-    .wav files; those that are there already are kept. Under torchrun the processes
-    share the folder, and --device cuda gives each its own GPU.
+    array or one named `mel`, or .pt with one tensor or one named `mel`. Several, or
+    a folder with the folders in it, become a folder of .wav files; those that are
+    there already are kept. Under torchrun the processes share the folder, and
+    --device cuda gives each its own GPU.
 
     With `-` for the input, .npy arrays are read from stdin, one after another, as
     numpy.save writes them. They are pieces of one mel, and are spoken as soon as
@@ -109,19 +105,20 @@ def vocode(
     Examples:
       waveflow vocode mel.npy -o out.wav
       waveflow vocode mel.npy -o out.flac --sigma 0.8 --seed 1
+      waveflow vocode a.npy b.npy -o wavs/
       waveflow vocode mels/ -o wavs/ --model runs/x --device cuda
       cat mel.npy | waveflow vocode - -o - | aplay -t raw -f S16_LE -r 22050
     """
     from waveflow.audio.io import MEL_SUFFIXES, check_audio_name, read_mel, write_audio
 
-    if PIPE in (*sources, out):
+    if PIPE in (*sources, Path(out)):
         if len(sources) > 1:
-            raise ConfigError("- stands for one mel or one output: name one MEL")
-        _stream(sources[0], out, speaking)
+            raise ConfigError(f"- takes one input, not {len(sources)}: name a folder with -o")
+        _stream(sources[0], Path(out), speaking)
         return
     jobs = plan_jobs(sources, out, MEL_SUFFIXES, ".wav", speaking.force)
-    if jobs.one:
-        check_audio_name(out, speaking.float32)
+    if jobs.names is None:
+        check_audio_name(jobs.out, speaking.float32)
     vocoder = speaking.vocoder()
 
     def work(path: Path, target: Path) -> str:
@@ -162,7 +159,7 @@ def _stream(source: Path, out: Path, speaking: Speaking) -> None:
             write(piece.cpu().numpy())
             n_samples += len(piece)
     if out != PIPE:
-        note(f"{out}, {seconds(n_samples, vocoder.sample_rate)}")
+        note_written(out, seconds(n_samples, vocoder.sample_rate))
 
 
 @contextmanager
@@ -193,9 +190,10 @@ def resynth(sources: Recordings, out: Audio, speaking: Speaking) -> None:
     """Copy-synthesis: a recording's mel, then new speech from the mel alone.
 
     The copy has the recording's length, at the model's sample rate. Other rates are
-    resampled and channels mixed down. A folder becomes a folder of .wav files;
-    those that are there already are kept. Under torchrun the processes share the
-    folder, and --device cuda gives each its own GPU.
+    resampled and channels mixed down. Several, or a folder with the folders in it,
+    become a folder of .wav files; those that are there already are kept. Under
+    torchrun the processes share the folder, and --device cuda gives each its own
+    GPU.
 
     \b
     Examples:
@@ -207,8 +205,8 @@ def resynth(sources: Recordings, out: Audio, speaking: Speaking) -> None:
     from waveflow.files import AUDIO_SUFFIXES
 
     jobs = plan_jobs(sources, out, AUDIO_SUFFIXES, ".wav", speaking.force)
-    if jobs.one:
-        check_audio_name(out, speaking.float32)
+    if jobs.names is None:
+        check_audio_name(jobs.out, speaking.float32)
     vocoder = speaking.vocoder()
 
     def work(path: Path, target: Path) -> str:
@@ -225,13 +223,9 @@ def resynth(sources: Recordings, out: Audio, speaking: Speaking) -> None:
 def mel(
     sources: Recordings,
     out: Annotated[
-        Path,
+        str,
         typer.Option(
-            "-o",
-            "--out",
-            metavar="OUT",
-            parser=output,
-            help="A .npy, .npz or .pt file; a folder of .npy files for several recordings.",
+            "-o", "--out", metavar="OUT", help="A .npy, .npz or .pt file; or a folder, for many."
         ),
     ],
     model: options.Model = None,
@@ -244,8 +238,10 @@ def mel(
 ) -> None:
     """Recordings to mel spectrograms, as a model takes them.
 
-    Writes an array (bands, frames), float32, natural logarithms. Other sample
-    rates are resampled and channels mixed down.
+    Writes an array (bands, frames), float32, natural logarithms: .npy, .npz (the
+    array is named `mel`) or .pt (a tensor). Several, or a folder with the folders in
+    it, become a folder of .npy files. Other sample rates are resampled and channels
+    mixed down.
 
     \b
     Examples:
@@ -253,10 +249,12 @@ def mel(
       waveflow mel in.wav -o mel.npy --mel nvidia
       waveflow mel recordings/ -o mels/ --model runs/x
     """
-    from waveflow.audio.io import read_audio, write_mel
+    from waveflow.audio.io import check_mel_name, read_audio, write_mel
     from waveflow.files import AUDIO_SUFFIXES
 
     jobs = plan_jobs(sources, out, AUDIO_SUFFIXES, ".npy", force)
+    if jobs.names is None:
+        check_mel_name(jobs.out)
     config = _mel_config(model, preset)
 
     import torch

@@ -13,12 +13,10 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 
 from waveflow.errors import DataError
-from waveflow.files import AUDIO_SUFFIXES
+from waveflow.files import AUDIO_SUFFIXES, UNREAD_SUFFIXES
 
 Split = Literal["train", "val"]
 
-# Recordings all the same, which are named among those left out.
-_OTHER_SUFFIXES = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".amr", ".ape", ".wv")
 _AUDIO_FOLDERS = ("wavs", "wav")
 
 VAL_FRACTION = 0.02
@@ -136,7 +134,7 @@ def _audio_files(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, str]]]
         path, suffix = full.relative_to(folder), full.suffix.lower()
         if any(part.startswith(".") for part in path.parts) or full.is_dir():
             continue
-        if suffix in _OTHER_SUFFIXES:
+        if suffix in UNREAD_SUFFIXES:
             ignored.append((full, f"{suffix} is not read: convert it to .flac or .wav"))
         elif suffix in AUDIO_SUFFIXES and not full.is_file():
             ignored.append((full, "it is a dangling link, or no plain file"))
