@@ -159,6 +159,7 @@ def test_speed(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row[4] for row in rows if row[1] == "plain"] == ["1.00", "1.00"]
 
 
+@pytest.mark.slow
 def test_memory_of_a_fresh_process(capsys: pytest.CaptureFixture[str]) -> None:
     n_frames = 1000
     seconds = n_frames * MEL.hop_length / MEL.sample_rate
@@ -224,6 +225,7 @@ def test_hot_spots(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert f"{tiny_model}, plain, 0.1 s" in out and "aten::addmm" in out
 
 
+@pytest.mark.slow
 def test_training(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sizes.SIZES, "tiny", WaveGlowConfig(n_layers=2, hidden_channels=8))
     training.main(["tiny", "--runs", "1", "--seconds", "0.1"])
@@ -248,6 +250,7 @@ def test_peak_is_the_most_that_is_held_at_once() -> None:
     assert training.peak_bytes(work, "cpu") == pytest.approx(12e6, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (against.ROOT / ".git").exists(), reason="the history is not here")
 def test_against(
     tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
