@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, cast
 
 from waveflow.errors import ConfigError, DataError
-from waveflow.files import lock, temporary_folder
+from waveflow.files import lock, reason_of, temporary_folder
 from waveflow.limits import (
     BYTES_OF_A_MEMBER,
     EXPANSION,
@@ -113,7 +113,7 @@ def _make_once(folder: Path, make: Callable[[Path], Path]) -> Path:
             with temporary_folder(folder) as scratch:
                 make(scratch).rename(folder)
     except OSError as error:
-        raise DataError(f"cannot make {folder}: {error.strerror or error}") from error
+        raise DataError(f"cannot make {folder}: {reason_of(error, folder)}") from error
     return folder
 
 

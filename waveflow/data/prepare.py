@@ -49,7 +49,7 @@ from waveflow.data.corpus import Corpus, CorpusClip, read_corpus, shown, val_ids
 from waveflow.data.report import LeftOut, PrepareReport, make_report
 from waveflow.door import read_plain
 from waveflow.errors import DataError
-from waveflow.files import atomic_path, lock
+from waveflow.files import atomic_path, lock, reason_of
 from waveflow.limits import WEIGHTS_BYTES
 from waveflow.processes import ALONE, Group
 
@@ -279,7 +279,7 @@ def _writing(out: Path) -> Generator[None, None, None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"cannot write the cache {out}: {error.strerror or error}") from error
+        raise DataError(f"cannot write the cache {out}: {reason_of(error, out)}") from error
 
 
 def _join(job: _Job, kept: int) -> PrepareReport:

@@ -41,7 +41,7 @@ from waveflow.checkpoint import (
 from waveflow.data.cache import AUDIO_FILE, MEL_FILE, TrainingCache, file_sha256
 from waveflow.door import read_plain
 from waveflow.errors import CheckpointError, ConfigError
-from waveflow.files import atomic_path, lock
+from waveflow.files import atomic_path, lock, reason_of
 from waveflow.flow import Flow
 from waveflow.limits import DOCUMENT_BYTES
 from waveflow.models.registry import first_problem
@@ -140,7 +140,8 @@ class RunFolder:
             record = run_record(self.recipe, self.cache, device, data, init)
             _write_text(self.path / RUN_RECORD, record)
         except OSError as error:
-            raise ConfigError(f"cannot write the run {self.path}: {error.strerror}") from error
+            reason = reason_of(error, self.path)
+            raise ConfigError(f"cannot write the run {self.path}: {reason}") from error
 
     def has_checkpoints(self) -> bool:
         """Whether the folder holds a run that can be resumed."""
@@ -371,7 +372,7 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
+        reason = reason_of(error, folder)
         raise CheckpointError(f"cannot write to the run {folder}: {reason}") from error
 
 
