@@ -899,6 +899,9 @@ FORMATS = {
     ".ogg": "OGG",
     ".oga": "OGG",
     ".mp3": "MP3",
+    ".htk": "HTK",
+    ".sds": "SDS",
+    ".amb": "WAVEX",
 }
 
 
@@ -924,7 +927,7 @@ def test_folders_take_all_audio_and_mirror_their_folders(run: Run, tmp_path: Pat
 def test_every_suffix_that_can_be_written_is_tried():
     from waveflow.files import AUDIO_SUFFIXES
 
-    assert set(AUDIO_SUFFIXES) - set(FORMATS) == {".opus", ".mp2", ".sf", ".wve"}
+    assert set(AUDIO_SUFFIXES) - set(FORMATS) == {".opus", ".mp2", ".sf", ".wve", ".xi"}
 
 
 def test_what_a_folder_job_leaves_out_is_counted_and_named(
@@ -938,19 +941,26 @@ def test_what_a_folder_job_leaves_out_is_counted_and_named(
     (source / "circle.wav").symlink_to(source / "circle.wav")
     (source / "linked").symlink_to(source / "deep")
     os.mkfifo(source / "d.caf")
-    (source / "notes.txt").touch()
+    (source / "notes.txt").write_text("words")
+    (source / "plain").write_bytes((source / "a.wav").read_bytes())
     (source / ".hidden.wav").touch()
     result = run("mel", source, "-o", tmp_path / "out", "--preset", "hifigan")
     assert result.status == 0
     summary, line = result.err.splitlines()
     assert "1 written" in summary
-    assert "5 left out: " in line
-    for words in ("c.flac (a dangling", "circle.wav (", "d.caf (no plain", "deep/b.M4A (.m4a is"):
+    assert "6 left out: " in line
+    for words in (
+        "c.flac (a dangling",
+        "circle.wav (",
+        "d.caf (no plain",
+        "deep/b.M4A (.m4a is",
+        "plain (it looks",
+    ):
         assert words in line
     assert "linked (a link to a folder" in line and "notes" not in line and "hidden" not in line
     (source / "a.wav").unlink()
     result = run("mel", source, "-o", tmp_path / "out", "--preset", "hifigan")
-    assert_one_line(result, "holds no .wav", "5 left out", "b.M4A")
+    assert_one_line(result, "holds no .wav", "6 left out", "b.M4A")
 
 
 @pytest.mark.parametrize("case", ["several", "slash", "existing", "with a folder"])

@@ -73,6 +73,21 @@ def test_notes_never_enter_the_audio_on_stdout(tmp_path: Path) -> None:
     assert np.abs(np.frombuffer(audio, "<i2").astype(int)).max() >= 32767
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), BrokenPipeError(errno.EPIPE, "Broken pipe")])
+def test_no_result_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """A pipe that breaks elsewhere than on stdout, or an exit from below."""
+
+    def broken(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("waveflow.audio.io.write_mel", broken)
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.sin(np.arange(2205)), 22050)
+    status = main(["mel", str(tmp_path / "a.wav"), "-o", str(tmp_path / "a.npy")])
+    assert status == (3 if isinstance(error, SystemExit) else 1)
+
+
 HOSTILE = "a\x1b[31mred\x07\r\x9bb\u202ec\udce9\x00d"
 
 

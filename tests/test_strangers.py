@@ -847,10 +847,11 @@ def test_unforeseen_files_do_not_end_the_job(voice: Path, tmp_path: Path) -> Non
     os.mkfifo(voice / "pipe.wav")
     (voice / "dangling.wav").symlink_to("nowhere.wav")
     (voice / "phone.m4a").write_bytes(b"x")
+    (voice / "plain").write_bytes((voice / "good0.wav").read_bytes())
     noise_file(voice / "name.wav", 7)
     os.rename(voice / "name.wav", os.fsencode(voice) + b"/caf\xe9.wav")
     reasons = prepared(voice, tmp_path / "cache")
-    ignored = {"pipe.wav", "dangling.wav", "phone.m4a", "caf\\udce9.wav"}
+    ignored = {"pipe.wav", "dangling.wav", "phone.m4a", "plain", "caf\\udce9.wav"}
     assert {name for name, reason in reasons.items() if reason == "ignored"} == ignored
     assert {name for name, reason in reasons.items() if reason == "unreadable"} == {
         f"{kind}{suffix}" for kind, (suffix, _, _) in AUDIO.items()

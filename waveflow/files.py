@@ -25,10 +25,16 @@ except ImportError:  # Windows, where nobody is kept out
 AUDIO_SUFFIXES = (
     ".wav", ".wave", ".bwf", ".flac", ".aiff", ".aif", ".aifc", ".caf", ".w64", ".rf64", ".au",
     ".snd", ".voc", ".sph", ".nist", ".avr", ".paf", ".pvf", ".svx", ".8svx", ".ircam", ".sf",
-    ".wve", ".ogg", ".oga", ".opus", ".mp3", ".mp2",
+    ".wve", ".htk", ".sds", ".xi", ".amb", ".ogg", ".oga", ".opus", ".mp3", ".mp2",
 )  # fmt: skip
 # Recordings all the same, which are named among what was left out.
 UNREAD_SUFFIXES = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".amr", ".ape", ".wv")
+
+# How files of the usual formats begin.
+_AUDIO_BEGINS = (
+    b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM", b"fLaC", b"OggS", b"caff", b".snd", b"ID3",
+    b"NIST_1A", b"Creative Voice",
+)  # fmt: skip
 
 # What the system says where there is no room: no space, a quota, a file too large.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -113,6 +119,17 @@ def output_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(errno.EINVAL, "it is neither a file nor a pipe", str(path))
 
 
+def looks_like_audio(path: str | os.PathLike[str]) -> bool:
+    """Whether a plain file begins as a recording does, whatever its name."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
+        with open(path, "rb") as file:
+            return file.read(16).startswith(_AUDIO_BEGINS)
+    except OSError:
+        return False
+
+
 def kind_of(path: Path) -> int:
     """The kind of file (stat.S_IFREG, ...) behind a path and its links; S_IFREG if none is there.
 
@@ -164,16 +181,19 @@ def lock(path: Path, what: str) -> Iterator[None]:
         return
     try:
         held = _locked(path)
-        if held is None:
-            holder = _holder(path)
-            raise ConfigError(f"{what} is in use by {holder}: wait until it ends, or stop it")
-        os.ftruncate(held, 0)
-        since = datetime.now().isoformat(" ", "seconds")
-        os.write(held, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
     except OSError as error:
-        raise ConfigError(f"cannot lock {what}: {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot lock {what}: {path}: {reason_of(error, path)}") from error
+    if held is None:
+        raise ConfigError(f"{what} is in use by {_holder(path)}: wait until it ends, or stop it")
     _own_locks.add(path)
     try:
+        try:
+            os.ftruncate(held, 0)
+            since = datetime.now().isoformat(" ", "seconds")
+            place = f"process {os.getpid()} on {socket.gethostname()}"
+            os.write(held, f"{place} since {since}".encode())
+        except OSError as error:
+            raise ConfigError(f"cannot lock {what}: {path}: {reason_of(error, path)}") from error
         yield
     finally:
         _own_locks.remove(path)

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import select
 import sys
 from collections.abc import Sequence
-from typing import Annotated, cast
+from contextlib import suppress
+from typing import Annotated, TextIO, cast
 
 import typer
 
@@ -94,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.WARNING)
     state = {"debug": False}
     command = typer.main.get_command(app)
+    stdout = sys.stdout
     try:
         status = command.main(
             args=None if argv is None else list(argv),
@@ -104,10 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = status if isinstance(status, int) else DONE
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
-    except (SystemExit, BrokenPipeError):
-        # The reader of stdout, such as `head`, wants no more; click ends with 1 there.
-        to_nowhere(sys.stdout)
-        status = DONE
+    except SystemExit as error:
+        # Also click's own answer to a broken pipe, which may be any.
+        status = DONE if _reader_left(stdout) else int(error.code or DONE)
     except Exception as error:
         if state["debug"]:
             note_fault(error)
@@ -115,6 +117,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status == INTERRUPTED:
         note("interrupted")
     return status
+
+
+def _reader_left(stdout: TextIO) -> bool:
+    """Whether stdout is a pipe whose reader, such as `head`, wants no more."""
+    with suppress(OSError, AttributeError):  # no descriptor; Windows has no poll
+        poll = select.poll()
+        poll.register(stdout.fileno(), select.POLLOUT)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            to_nowhere(stdout)
+            return True
+    return False
 
 
 def _explain(error: Exception) -> int:

@@ -36,6 +36,7 @@ def prepare(
         str,
         typer.Option(
             "--mel",
+            "--preset",
             metavar="NAME|RECIPE",
             help="hifigan, nvidia, or a recipe's file: its sample rate and hop are the cache's.",
         ),

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 
 from waveflow.errors import DataError
-from waveflow.files import AUDIO_SUFFIXES, UNREAD_SUFFIXES
+from waveflow.files import AUDIO_SUFFIXES, UNREAD_SUFFIXES, looks_like_audio
 
 Split = Literal["train", "val"]
 
@@ -142,6 +142,8 @@ def _audio_files(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, str]]]
             ignored.append((full, "its name is not UTF-8: rename it"))
         elif suffix in AUDIO_SUFFIXES:
             found.append(path)
+        elif looks_like_audio(full):
+            ignored.append((full, "it looks like audio: give it a suffix such as .wav"))
     files: dict[str, Path] = {}
     for path in sorted(found, key=lambda p: (AUDIO_SUFFIXES.index(p.suffix.lower()), p)):
         first = files.setdefault(_id(path.with_suffix("").as_posix()), folder / path)
