@@ -109,6 +109,14 @@ def test_half_precision_weights_are_loaded_as_float32(tmp_path: Path, flow: Flow
         assert torch.equal(value, halves[name].float())
 
 
+def test_a_range_of_other_bands_than_the_mels_is_refused(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    config["provenance"]["mel_range"][1].append(0.0)
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="mel_range has 9 values for 8 mel bands"):
+        load_checkpoint(folder, verify=False)
+
+
 def test_config_holds_no_code_and_refuses_unknown_fields(folder: Path) -> None:
     fields = json.loads((folder / CONFIG).read_text())
     fields["model"]["network"] = "os.system"

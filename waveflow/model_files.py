@@ -9,9 +9,9 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from waveflow.audio.mel_config import MelConfig
 from waveflow.door import check_plain, is_plain_name, read_plain
@@ -90,6 +90,16 @@ class ModelCard(BaseModel):
     mel: MelConfig
     synthesis: SynthesisConfig = SynthesisConfig()
     provenance: Provenance = Provenance()
+
+    @model_validator(mode="after")
+    def _range_of_every_band(self) -> Self:
+        n_mels = self.mel.n_mels
+        for bound in self.provenance.mel_range or ():
+            if len(bound) != n_mels:
+                raise ValueError(
+                    f"provenance.mel_range has {len(bound)} values for {n_mels} mel bands"
+                )
+        return self
 
 
 def read_card(folder: Path, verify: bool = True) -> ModelCard:
