@@ -73,6 +73,7 @@ def test_sizes_are_what_their_names_say() -> None:
         assert sizes.SIZES[name].conditioning == "repeated"
 
 
+@pytest.mark.slow
 def test_cost_of_a_published_size() -> None:
     vocoder = plain_path(Vocoder(*sizes.untrained(sizes.SIZES["waveglow-64"])))
     # Counted on the public code: 17.6 M parameters, folded, and 30.8 G multiply-adds a second.
@@ -141,6 +142,7 @@ def test_products_are_counted() -> None:
     assert made.operations == 2 * rows * inner * columns * speed.N_PRODUCTS
 
 
+@pytest.mark.slow
 def test_speed(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     precisions = ["--precision", "float32", "float16", "bfloat16"]
     speed.main([str(tiny_model), *precisions, "--seconds", "0.1", "0.2", "--runs", "1"])
