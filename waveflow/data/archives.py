@@ -223,7 +223,7 @@ def _checked(archive: Path, members: Iterable[Member], folder: Path) -> Iterator
             raise _too_large(archive)
         if n_bytes > free:
             raise DataError(
-                f"{archive} holds more than the {free} bytes that are free in {folder.parent}"
+                f"{archive} holds more than the {free} bytes free on the disk of {folder.parent}"
             )
         if isinstance(member, zipfile.ZipInfo) and member.compress_type not in _COMPRESSIONS:
             raise DataError(
