@@ -2,7 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,3 +133,14 @@ def published_loss(flow: "Flow", audio: "Tensor", mel: "Tensor", sigma: float) -
         nll = -flow(audio, mel).mean()
         half_square = 0.5 * flow.encode(audio, mel).square().mean()
     return nll - 0.5 * math.log(2 * math.pi) + half_square * (1 / sigma**2 - 1)
+
+
+@contextmanager
+def largest_file(n_bytes: int) -> Iterator[None]:
+    """The kernel takes this many bytes of a file and refuses the rest, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

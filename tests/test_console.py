@@ -2,11 +2,9 @@
 
 import errno
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import largest_file
 
 from waveflow.audio.io import write_audio, write_mel
 from waveflow.cli.console import note, printable, show_table
@@ -121,17 +120,6 @@ def test_printable_text_stays() -> None:
     assert printable("Grüße, 音声 ~ \\ 'x'") == "Grüße, 音声 ~ \\ 'x'"
 
 
-@contextmanager
-def full_after(n_bytes: int) -> Iterator[None]:
-    """Files of this process may not grow beyond so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 AUDIO, MEL = np.zeros(100_000), np.zeros((80, 2000))
 WRITERS: dict[str, tuple[Callable[[Path], Any], type[Exception]]] = {
     "out.wav": (lambda path: write_audio(path, AUDIO, 22050), AudioError),
@@ -143,7 +131,7 @@ WRITERS: dict[str, tuple[Callable[[Path], Any], type[Exception]]] = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_is_named_whatever_the_library_says(tmp_path: Path, name: str) -> None:
     write, kind = WRITERS[name]
-    with full_after(20_000), pytest.raises(kind) as caught:
+    with largest_file(20_000), pytest.raises(kind) as caught:
         write(tmp_path / name)
     assert str(caught.value) == f"cannot write {tmp_path / name}: {os.strerror(errno.EFBIG)}"
     assert not list(tmp_path.iterdir())
@@ -162,7 +150,11 @@ def test_a_full_disk_is_named_whatever_the_library_says(tmp_path: Path, name: st
 def test_every_librarys_failure_becomes_the_systems_reason(
     tmp_path: Path, write: Callable[[Path], Any]
 ) -> None:
-    with full_after(20_000), pytest.raises(OSError) as caught, atomic_path(tmp_path / "x") as path:
+    with (
+        largest_file(20_000),
+        pytest.raises(OSError) as caught,
+        atomic_path(tmp_path / "x") as path,
+    ):
         write(path)
     assert caught.value.errno in FULL
     assert caught.value.filename == str(tmp_path / "x")

@@ -2,17 +2,16 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import largest_file
 from tiny_training import assert_same, copied, recipe, tensors_of, write_cache
 
 from waveflow.checkpoint import (
@@ -286,17 +285,6 @@ def test_a_restart_prepares_no_corpus_again(
 
 
 # --- full disks ---
-
-
-@contextmanager
-def largest_file(n_bytes: int) -> Iterator[None]:
-    """The kernel takes this many bytes of a file and refuses the rest, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_leaves_the_old_checkpoints_whole(

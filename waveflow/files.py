@@ -119,7 +119,17 @@ def output_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(errno.EINVAL, "it is neither a file nor a pipe", str(path))
 
 
-def looks_like_audio(path: str | os.PathLike[str]) -> bool:
+def why_unread(path: str | os.PathLike[str]) -> str:
+    """Why a recording is none of `AUDIO_SUFFIXES`; an empty text for all that is no recording."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in UNREAD_SUFFIXES:
+        return f"{suffix} is not read: convert it to .flac or .wav"
+    if suffix not in AUDIO_SUFFIXES and _looks_like_audio(path):
+        return "it looks like audio: give it a suffix such as .wav"
+    return ""
+
+
+def _looks_like_audio(path: str | os.PathLike[str]) -> bool:
     """Whether a plain file begins as a recording does, whatever its name."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):

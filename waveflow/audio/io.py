@@ -20,7 +20,7 @@ from waveflow.audio.formats import (
 from waveflow.audio.samples import check_range, mixed_down, without_offset
 from waveflow.door import check_plain
 from waveflow.errors import AudioError, DataError, MelMismatchError, WaveflowError
-from waveflow.files import UNREAD_SUFFIXES, looks_like_audio, output_path
+from waveflow.files import output_path, why_unread
 
 MEL_SUFFIXES = (".npy", ".npz", ".pt")
 
@@ -80,11 +80,8 @@ def _reason_to_skip(entry: os.DirEntry[str], suffixes: Sequence[str]) -> str:
     suffix = os.path.splitext(entry.name)[1].lower()
     if entry.is_symlink() and os.path.isdir(entry.path):
         return "a link to a folder is not followed"
-    if suffix in UNREAD_SUFFIXES and ".wav" in suffixes:
-        return f"{suffix} is not read: convert it to .flac or .wav"
     if suffix not in suffixes:
-        strange = ".wav" in suffixes and looks_like_audio(entry.path)
-        return "it looks like audio: give it a suffix such as .wav" if strange else ""
+        return why_unread(entry.path) if ".wav" in suffixes else ""
     if entry.is_symlink():  # in a circle, too, where the entry's own method raises
         return "" if os.path.isfile(entry.path) else "a dangling link, or to no plain file"
     return "" if entry.is_file() else "no plain file"

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 
 from waveflow.errors import DataError
-from waveflow.files import AUDIO_SUFFIXES, UNREAD_SUFFIXES, looks_like_audio
+from waveflow.files import AUDIO_SUFFIXES, why_unread
 
 Split = Literal["train", "val"]
 
@@ -134,16 +134,14 @@ def _audio_files(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, str]]]
         path, suffix = full.relative_to(folder), full.suffix.lower()
         if any(part.startswith(".") for part in path.parts) or full.is_dir():
             continue
-        if suffix in UNREAD_SUFFIXES:
-            ignored.append((full, f"{suffix} is not read: convert it to .flac or .wav"))
+        if reason := why_unread(full):
+            ignored.append((full, reason))
         elif suffix in AUDIO_SUFFIXES and not full.is_file():
             ignored.append((full, "it is a dangling link, or no plain file"))
         elif suffix in AUDIO_SUFFIXES and not _is_utf8(str(path)):
             ignored.append((full, "its name is not UTF-8: rename it"))
         elif suffix in AUDIO_SUFFIXES:
             found.append(path)
-        elif looks_like_audio(full):
-            ignored.append((full, "it looks like audio: give it a suffix such as .wav"))
     files: dict[str, Path] = {}
     for path in sorted(found, key=lambda p: (AUDIO_SUFFIXES.index(p.suffix.lower()), p)):
         first = files.setdefault(_id(path.with_suffix("").as_posix()), folder / path)
