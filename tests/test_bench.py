@@ -147,7 +147,9 @@ def test_bench_prints_a_table(run: Run, tiny_model: Path) -> None:
     lengths = ("--seconds", "0.1", "--seconds", "0.2")
     status, out, err = run(tiny_model, *precisions, *lengths, "--runs", "1")
     assert status == 0
-    assert err.startswith("waveflow: left out: engine float16: ") and err.count("\n") == 1
+    assert "waveflow: left out: engine float16: " in err
+    # Where this CPU is slower in bfloat16, a line says so.
+    assert all("left out" in line or "runs in float32" in line for line in err.splitlines())
     header, *rows = out.splitlines()
     assert " ".join(header.split()) == "model path audio x real time x plain SNR dB"
     assert all(row.startswith(str(tiny_model)) for row in rows)

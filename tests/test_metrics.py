@@ -314,6 +314,21 @@ def test_evaluate_without_one_readable_file_is_an_error(folder):
         evaluate(NoiseVocoder(), [])
 
 
+def test_a_fault_of_ours_in_one_clip_does_not_end_the_evaluation(folder, monkeypatch):
+    def broken(vocoder, audio, options):
+        if len(audio) == 8000:
+            raise ZeroDivisionError("never thought of")
+        return {}
+
+    without_packages(monkeypatch)
+    monkeypatch.setattr(copies_module, "copies", broken)
+    result = evaluate(NoiseVocoder(), sorted(folder.iterdir()), PLAIN)
+    assert result.n_clips == 1
+    ours, theirs = result.bad_files
+    assert ours.is_ours and not theirs.is_ours
+    assert ours.message.endswith("internal error (ZeroDivisionError): never thought of")
+
+
 def test_select_ids_keeps_the_lists_order_and_names_what_is_absent(tmp_path):
     files = [tmp_path / "a.wav", tmp_path / "b.flac", tmp_path / "c.wav"]
     ids = tmp_path / "val.txt"

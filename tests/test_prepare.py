@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -22,6 +24,7 @@ from waveflow.audio.mel import MelConfig
 from waveflow.cli.main import main
 from waveflow.data import archives
 from waveflow.data import clips as clips_module
+from waveflow.data import prepare as prepare_module
 from waveflow.data.archives import download_ljspeech, unpack
 from waveflow.data.cache import (
     AUDIO_FILE,
@@ -29,7 +32,14 @@ from waveflow.data.cache import (
     MANIFEST_FILE,
     TrainingCache,
 )
-from waveflow.data.clips import clipped_share, silent_share
+from waveflow.data.clips import (
+    ClipTask,
+    Refusal,
+    clipped_share,
+    read_result,
+    refuse,
+    silent_share,
+)
 from waveflow.data.corpus import val_ids
 from waveflow.data.prepare import prepare
 from waveflow.data.report import PrepareReport
@@ -257,6 +267,24 @@ def test_interrupted_prepare_goes_on(corpus, tmp_path, workers, reads):
     prepare([corpus], tmp_path / "once", MEL, workers=1)
     if workers == 1:
         assert content(tmp_path / "once") == content(tmp_path / "cache")
+
+
+def killed_by_clip1(task: ClipTask) -> None:
+    """As a recording does whose samples take all memory."""
+    if task.path.name == "clip1.wav":
+        os.kill(os.getpid(), signal.SIGKILL)
+    refuse(task, Refusal(reason="silent", detail=task.path.name))
+
+
+def test_a_worker_that_is_killed_costs_its_recording_alone(corpus, tmp_path):
+    paths = sorted(corpus.glob("*.wav"))
+    tasks = [ClipTask(path, path.stem, tmp_path, RATE, HOP, None) for path in paths]
+    assert len(list(prepare_module._map(killed_by_clip1, tasks, 2))) == N_CLIPS
+    refusals = [read_result(tmp_path, task.key) for task in tasks]
+    assert [refusal.reason for refusal in refusals] == [
+        "unreadable" if path.name == "clip1.wav" else "silent" for path in paths
+    ]
+    assert "clip1.wav: the process that read it was killed" in refusals[1].detail
 
 
 def test_a_rerun_reads_what_has_changed_alone(corpus, tmp_path, reads):

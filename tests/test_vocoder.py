@@ -486,6 +486,27 @@ def test_auto_takes_what_pays(
     assert f"{gain} times" in caplog.text
 
 
+@pytest.mark.parametrize(("gain", "dtype"), [(0.9, torch.float32), (1.1, torch.bfloat16)])
+def test_bfloat16_is_refused_where_it_is_slower(
+    tiny_model: Path,
+    mel: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    gain: float,
+    dtype: torch.dtype,
+) -> None:
+    times = iter([gain, 1.0])
+    monkeypatch.setattr(engine_decoder, "_seconds", lambda *_: next(times))
+    vocoder = load(tiny_model, precision="bfloat16")
+    with caplog.at_level("WARNING", logger="waveflow.engine"):
+        chosen = vocoder.decoder
+    expected = TorchDecoder(vocoder.flow, dtype)
+    noise = vocoder.flow.noise(mel.shape[1], [0])
+    assert torch.equal(chosen(noise, mel[None]), expected(noise, mel[None]))
+    # A user who asked for bfloat16 is told that it is not what runs.
+    assert bool(caplog.records) == (dtype == torch.float32)
+
+
 @pytest.mark.parametrize(
     ("largest", "gain", "runs_in"),
     [(127, None, "int8"), (63, 0.8, "float32"), (63, 1.1, "int8")],

@@ -35,3 +35,9 @@ class DivergedError(WaveflowError):
 
 class ContractError(WaveflowError):
     """A bijection that does not keep its promises (`check_bijection`)."""
+
+
+def fault(error: Exception) -> str:
+    """Returns one line about an error that is a fault of ours: no input may cause it."""
+    reason = (str(error).splitlines() or [""])[0]
+    return f"internal error ({type(error).__name__}): {reason:.200}"

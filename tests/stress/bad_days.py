@@ -103,9 +103,9 @@ class Days:
     def check(self, day: str, verb: str, folder: Path, i: int) -> None:
         """What holds after each day: all is whole, and the same command again ends well."""
         expected = self.expected[verb]
-        for name, digest in tree(folder).items():
+        for name, content in tree(folder).items():
             # A checkpoint is written over when the run goes on.
-            if verb != "train" and expected.get(name, digest) != digest:
+            if verb != "train" and expected.get(name, content) != content:
                 self.wrong(day, verb, f"{name} is not whole", i)
         status, said = self.run(verb, folder)
         made_already = verb == "convert" and status == 2 and "already" in said

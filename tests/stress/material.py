@@ -143,18 +143,39 @@ def wait(process: int, log: Path | None = None) -> Any:
     return status if log is None else (status, log.read_text(errors="replace"))
 
 
-def tree(folder: Path) -> dict[str, str]:
-    """The digests of all files, or "" where two good runs may differ; folders end with /."""
-    found = {}
+class Sound:
+    """Samples of 16 bits; two are equal if they differ by rounding.
+
+    Each process chooses the faster of two matrix products, whose last bits differ.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.samples, self.rate = soundfile.read(path)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Sound)
+            and (self.rate, self.samples.shape) == (other.rate, other.samples.shape)
+            and bool(np.abs(self.samples - other.samples).max(initial=0) < 1.5 / 2**15)
+        )
+
+
+def tree(folder: Path) -> dict[str, Any]:
+    """The contents of all files, or "" where two good runs may differ; folders end with /."""
+    found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if "events.out.tfevents" in name:
             continue
         if path.is_dir():
             found[name + "/"] = ""
-        else:
-            same = not name.endswith(DIFFER)
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if same else ""
+            continue
+        if name.endswith((".wav", ".flac")):
+            with contextlib.suppress(soundfile.SoundFileError):
+                found[name] = Sound(path)
+                continue
+        same = not name.endswith(DIFFER)
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if same else ""
     return found
 
 

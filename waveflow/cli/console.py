@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
+from waveflow.errors import fault
 from waveflow.processes import ALONE, Group
 
 if TYPE_CHECKING:
@@ -68,11 +69,22 @@ def note(message: str) -> None:
         _write(sys.stderr, f"waveflow: {' '.join(message.splitlines())}")
 
 
-def note_fault(error: BaseException) -> None:
-    """Prints the traceback of a fault on stderr."""
-    with suppress(OSError):
-        for line in "".join(traceback.format_exception(error)).splitlines():
-            _write(sys.stderr, line)
+def show_faults(wanted: bool) -> None:
+    """Says whether the tracebacks of faults of ours are printed (`--debug`)."""
+    _Faults.shown = wanted
+
+
+class _Faults:
+    shown = False
+
+
+def fault_line(error: Exception) -> str:
+    """Returns a line about a fault of ours, after its traceback was printed with `--debug`."""
+    if _Faults.shown:
+        with suppress(OSError):
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                _write(sys.stderr, line)
+    return f"{fault(error)} (waveflow --debug shows where)"
 
 
 def printable(text: str) -> str:

@@ -84,4 +84,4 @@ def evaluate(
     for bad in result.bad_files:
         note(bad.message)
     if result.bad_files:
-        raise typer.Exit(2)
+        raise typer.Exit(1 if any(bad.is_ours for bad in result.bad_files) else 2)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import typer
 
-from waveflow.cli.console import counting, note
+from waveflow.cli.console import counting, fault_line, note
 from waveflow.cli.options import check_writable
 from waveflow.errors import AudioError, ConfigError, DataError, MelMismatchError, WaveflowError
 from waveflow.processes import ALONE, Group, check_alone, join_group
@@ -94,15 +94,13 @@ def run_jobs(jobs: Jobs, work: Callable[[Path, Path], str]) -> None:
     Raises:
         WaveflowError: the one file cannot be used.
         typer.Exit: with status 2, if files of a folder could not be used, and with 1, if a fault of
-            ours was the reason in another process.
-        Exception: the first fault of ours in this process, after the report.
+            ours was a reason.
     """
     if jobs.names is None:
         note_written(jobs.out, work(jobs.source, jobs.out))
         return
     bad: list[str] = []
     faults: list[str] = []
-    first_fault: Exception | None = None
     with counting("files", jobs.group) as progress:
         for done, (name, end) in enumerate(jobs.names.items(), start=1):
             target = jobs.out / end
@@ -114,18 +112,13 @@ def run_jobs(jobs: Jobs, work: Callable[[Path, Path], str]) -> None:
             except OSError as error:
                 bad.append(f"{name}: {error.strerror or error}")
             except Exception as error:
-                first_fault = first_fault or error
-                reason = (str(error).splitlines() or [""])[0]
-                faults.append(f"{name}: internal error ({type(error).__name__}): {reason}")
+                faults.append(f"{name}: {fault_line(error)}")
             progress(done, len(jobs.names))
     n_written = len(jobs.names) - len(bad) - len(faults)
     shares = jobs.group.gather("jobs", (n_written, jobs.n_kept, bad, faults))
     if shares is None:
         return
-    status = _report(jobs, shares)
-    if first_fault is not None:
-        raise first_fault
-    if status:
+    if status := _report(jobs, shares):
         raise typer.Exit(status)
 
 

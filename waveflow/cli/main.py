@@ -14,10 +14,11 @@ from waveflow import __version__
 from waveflow.cli.bench import bench
 from waveflow.cli.console import (
     NoteHandler,
+    fault_line,
     note,
-    note_fault,
     open_streams,
     show,
+    show_faults,
     to_nowhere,
 )
 from waveflow.cli.convert import convert
@@ -71,7 +72,7 @@ def _waveflow(
       waveflow train recipes/ljspeech/frameglow.toml --data LJSpeech-1.1 --out run
       waveflow VERB --help
     """
-    context.obj["debug"] = debug
+    show_faults(debug)
     if context.invoked_subcommand is None:
         for line in context.get_help().splitlines():
             show(line)
@@ -94,14 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger = logging.getLogger("waveflow")
     logger.handlers = [NoteHandler()]
     logger.setLevel(logging.WARNING)
-    state = {"debug": False}
+    show_faults(False)
     command = typer.main.get_command(app)
     stdout = sys.stdout
     try:
         status = command.main(
             args=None if argv is None else list(argv),
             prog_name="waveflow",
-            obj=state,
             standalone_mode=False,
         )
         status = status if isinstance(status, int) else DONE
@@ -109,10 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = INTERRUPTED
     except SystemExit as error:
         # Also click's own answer to a broken pipe, which may be any.
-        status = DONE if _reader_left(stdout) else int(error.code or DONE)
+        code = error.code if isinstance(error.code, int) else OUR_FAULT if error.code else DONE
+        status = DONE if _reader_left(stdout) else code
     except Exception as error:
-        if state["debug"]:
-            note_fault(error)
         status = _explain(error)
     if status == INTERRUPTED:
         note("interrupted")
@@ -142,6 +141,5 @@ def _explain(error: Exception) -> int:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         note(f"{where}{error.strerror}")
         return USER_ERROR
-    reason = (str(error).splitlines() or [""])[0]
-    note(f"internal error ({type(error).__name__}): {reason} (waveflow --debug shows where)")
+    note(fault_line(error))
     return OUR_FAULT

@@ -20,7 +20,7 @@ from waveflow.audio.f0 import track_f0
 from waveflow.audio.io import MEL_SUFFIXES, read_channel, read_mel, resample, to_int16
 from waveflow.audio.samples import without_offset
 from waveflow.data.corpus import StoredText
-from waveflow.errors import AudioError, ConfigError, DataError, MelMismatchError
+from waveflow.errors import AudioError, ConfigError, DataError, MelMismatchError, fault
 from waveflow.files import atomic_path
 
 Reason = Literal[
@@ -197,12 +197,9 @@ def make_part(task: ClipTask) -> None:
         detail = f"{task.path} takes more memory than there is"
         result = Refusal(reason="unreadable", detail=detail)
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        detail = f"{task.path}: internal error ({type(error).__name__}): {reason:.200}"
-        result = Refusal(reason=FAULT, detail=detail)
+        result = Refusal(reason=FAULT, detail=f"{task.path}: {fault(error)}")
     if isinstance(result, Refusal):
-        with atomic_path(task.parts / f"{task.key}.json") as temporary:
-            temporary.write_text(result.model_dump_json(), encoding="utf-8")
+        refuse(task, result)
         return
     facts = np.frombuffer(result.facts.model_dump_json().encode(), np.uint8)
     with atomic_path(task.parts / f"{task.key}.npz") as temporary:
@@ -210,6 +207,12 @@ def make_part(task: ClipTask) -> None:
         if result.mel is not None:
             arrays["mel"] = result.mel
         np.savez(temporary, allow_pickle=False, facts=facts, **arrays)
+
+
+def refuse(task: ClipTask, refusal: Refusal) -> None:
+    """Writes why a recording is left out."""
+    with atomic_path(task.parts / f"{task.key}.json") as temporary:
+        temporary.write_text(refusal.model_dump_json(), encoding="utf-8")
 
 
 def read_clip(task: ClipTask) -> Clip | Refusal:

@@ -9,7 +9,8 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -44,6 +45,7 @@ from waveflow.data.clips import (
     make_part,
     read_array,
     read_result,
+    refuse,
 )
 from waveflow.data.corpus import Corpus, CorpusClip, read_corpus, shown, val_ids
 from waveflow.data.report import LeftOut, PrepareReport, make_report
@@ -397,13 +399,43 @@ def _write_cache(job: _Job, clips: list[CachedClip], report: PrepareReport) -> N
 def _map(
     work: Callable[[ClipTask], None], tasks: list[ClipTask], workers: int
 ) -> Generator[None, None, None]:
+    """Works on the tasks in worker processes; yields after each."""
     if workers == 1 or len(tasks) < 2:
         yield from map(work, tasks)
         return
+    waiting = list(reversed(tasks))
+    while waiting:
+        # Few at a time: when a worker is killed, for its memory or by hand, all that the pool had
+        # are suspects, and each gets a worker of its own.
+        suspects = set[ClipTask]()
+        try:
+            with _pool(min(workers, len(waiting))) as pool:
+                futures: dict[Future[None], ClipTask] = {}
+                while waiting or futures:
+                    while waiting and len(futures) < 2 * workers:
+                        task = waiting.pop()
+                        suspects.add(task)
+                        futures[pool.submit(work, task)] = task
+                    for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                        future.result()
+                        suspects.discard(futures.pop(future))
+                        yield
+        except BrokenProcessPool:
+            for task in suspects:
+                try:
+                    with _pool(1) as pool:
+                        pool.submit(work, task).result()
+                except BrokenProcessPool:
+                    refuse(task, Refusal(reason="unreadable", detail=f"{task.path}: {_KILLED}"))
+                yield
+
+
+_KILLED = "the process that read it was killed, perhaps because memory ran out"
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
     # Not fork: a child of a process whose thread pools have run (torch's) can hang.
-    n_workers, context = min(workers, len(tasks)), get_context("spawn")
-    with ProcessPoolExecutor(n_workers, context, initializer=end_with_parent) as pool:
-        yield from pool.map(work, tasks)
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent)
 
 
 def _write_array(

@@ -30,9 +30,9 @@ Precision = Literal["float32", "bfloat16", "float16", "int8"]
 # some blocks of rows for int8.
 PROBE_FRAMES = {"bfloat16": 8, "int8": 64}
 PROBE_RUNS = 3
-# A lower precision costs some quality: half precision, which nobody asked for by name, must be
-# clearly faster to be chosen.
-WORTHWHILE = {"bfloat16": 1.3, "int8": 1.0}
+# How many times as fast as float32 a lower precision must be, because it costs some quality. One
+# that nobody asked for by name must be clearly faster.
+WORTHWHILE = {"auto": 1.3, "bfloat16": 1.0, "int8": 1.0}
 
 
 class Choice(NamedTuple):
@@ -46,23 +46,28 @@ class Choice(NamedTuple):
 def choose_decoder(
     flow: Flow,
     mel: Tensor,
-    lower: Literal["bfloat16", "int8"] = "bfloat16",
+    wish: Literal["auto", "bfloat16", "int8"] = "auto",
     compile: bool = False,
 ) -> Choice:
     """The decoder in a lower precision, where a short probe finds that it pays, or in float32.
 
     Measured, never taken from the processor's flags: of two CPUs with avx512_bf16 one ran
     bfloat16 products at half the rate of float32 and the other at four times it. And with the
-    decoders themselves, because a small network gains less than its products. int8 is asked for
-    by name, so it is measured only where the CPU's sums of 8-bit products overflow.
+    decoders themselves, because a small network gains less than its products. int8 is measured
+    only where the CPU's sums of 8-bit products overflow.
 
     Args:
         mel: (M, F), speech in the model's convention: to decode, and for int8's scales.
+        wish: the lower precision; "auto" for bfloat16 if it is much faster.
 
     Raises:
         ConfigError: as `make_decoder`.
     """
     device = device_of(flow)
+    lower: Literal["bfloat16", "int8"] = "bfloat16" if wish == "auto" else wish
+    if wish == "bfloat16" and (compile or device.type != "cpu"):
+        # Half precision is there for GPUs, and a compiled decoder would be compiled twice.
+        return Choice(make_decoder(flow, wish, compile), wish, "asked for by name")
     probe = mel[None, :, : PROBE_FRAMES[lower]].to(device)
     noise = flow.noise(probe.shape[2], [0]).to(device)
     full = make_decoder(flow, "float32", compile)
@@ -74,7 +79,7 @@ def choose_decoder(
     except RuntimeError as error:
         return Choice(full, "float32", f"{lower} fails here: {str(error).splitlines()[0]}")
     reason = f"{lower} runs this model at {gain:.2g} times float32's speed here"
-    if gain >= WORTHWHILE[lower]:
+    if gain >= WORTHWHILE[wish]:
         return Choice(decoder, lower, reason)
     return Choice(full, "float32", reason)
 

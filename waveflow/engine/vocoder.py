@@ -513,8 +513,8 @@ def load(
         verify: check the files' hashes against the manifest.
         device: where it runs.
         precision: of the networks' matrix products: float32, bfloat16, float16 (GPU) or int8
-            (CPU, extra `int8`; float32 where a probe finds that faster on a CPU without 8-bit
-            products); "auto" picks the faster of the first two. The choice is logged.
+            (CPU, extra `int8`); "auto" picks the faster of the first two. A CPU that runs bfloat16
+            or int8 more slowly than float32 gets float32. The choice is logged.
         compile: torch.compile; the first call then takes half a minute or more.
 
     Raises:
@@ -546,7 +546,8 @@ def _loaded(
     if precision not in (*get_args(Precision), "auto"):
         names = ", ".join((*get_args(Precision), "auto"))
         raise ConfigError(f"precision {precision!r} is none of {names}")
-    mel = _calibration_mel(folder, config.mel) if precision in ("auto", "int8") else None
+    probed = precision in ("auto", "bfloat16", "int8")
+    mel = _calibration_mel(folder, config.mel) if probed else None
     decoder_of = partial(_decoder_of, wish=precision, mel=mel, compile=compile)
     return Vocoder(config, flow, decoder_of, folder)
 
@@ -556,9 +557,8 @@ def _decoder_of(
 ) -> Decoder:
     if mel is None:
         return make_decoder(flow, cast(Precision, wish), compile)
-    lower: Literal["bfloat16", "int8"] = "int8" if wish == "int8" else "bfloat16"
-    decoder, precision, reason = choose_decoder(flow, mel, lower, compile)
-    refused = wish == "int8" and precision != "int8"
+    decoder, precision, reason = choose_decoder(flow, mel, cast(Any, wish), compile)
+    refused = wish not in ("auto", precision)
     logger.log(logging.WARNING if refused else logging.INFO, "runs in %s: %s", precision, reason)
     return decoder
 

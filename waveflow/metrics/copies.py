@@ -16,7 +16,7 @@ from waveflow.audio.io import read_audio
 from waveflow.audio.mel import MelConfig
 from waveflow.audio.refine import MelRefinement
 from waveflow.engine.options import OWN_OPTIONS, SynthesisOptions
-from waveflow.errors import WaveflowError
+from waveflow.errors import ConfigError, WaveflowError, fault
 from waveflow.metrics.evaluation import (
     METRICS,
     BadFile,
@@ -71,7 +71,8 @@ def evaluate(
         progress: called with (files done, files) after each file.
 
     Raises:
-        AudioError: there is no file, or none can be read.
+        AudioError: there is no file, or none can be measured.
+        ConfigError: the options are wrong.
     """
     clips = measure_clips(vocoder, list(files), options, progress)
     return summarise(clips, vocoder.sample_rate, _seed(options), options.sigma)
@@ -91,27 +92,35 @@ def measure_clips(
     clips: list[Clip | BadFile] = []
     for done, path in enumerate(files, start=1):
         try:
-            audio, _, changes = read_audio(path, vocoder.sample_rate)
+            clips.append(_measure_clip(vocoder, path, metrics, options))
+        except ConfigError:
+            raise
         except (WaveflowError, OSError) as error:
             clips.append(BadFile(path=str(path), message=str(error)))
-        else:
-            speech, draw, correlation = _likelihoods(vocoder, audio, options)
-            clips.append(
-                Clip(
-                    n_samples=len(audio),
-                    figures={
-                        name: _measure(_judges(metrics, name), audio, copy, vocoder)
-                        for name, copy in copies(vocoder, audio, options).items()
-                    },
-                    log_prob_speech=speech,
-                    log_prob_draw=draw,
-                    draw_correlation=correlation,
-                    changes=tuple(changes),
-                )
-            )
+        except Exception as error:
+            message = f"{path}: {fault(error)}"
+            clips.append(BadFile(path=str(path), message=message, is_ours=True))
         if progress:
             progress(done, len(files))
     return clips
+
+
+def _measure_clip(
+    vocoder: CopySynthesis, path: Path, metrics: Sequence[Metric], options: SynthesisOptions
+) -> Clip:
+    audio, _, changes = read_audio(path, vocoder.sample_rate)
+    speech, draw, correlation = _likelihoods(vocoder, audio, options)
+    return Clip(
+        n_samples=len(audio),
+        figures={
+            name: _measure(_judges(metrics, name), audio, copy, vocoder)
+            for name, copy in copies(vocoder, audio, options).items()
+        },
+        log_prob_speech=speech,
+        log_prob_draw=draw,
+        draw_correlation=correlation,
+        changes=tuple(changes),
+    )
 
 
 def copies(

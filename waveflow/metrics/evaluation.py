@@ -75,10 +75,17 @@ class Row(_Result):
 
 
 class BadFile(_Result):
-    """A file that could not be read, and the reason."""
+    """A file that was not measured.
+
+    Attributes:
+        path: the file.
+        message: the reason.
+        is_ours: whether the reason is a fault of ours, not of the file.
+    """
 
     path: str
     message: str
+    is_ours: bool = False
 
 
 class Clip(_Result):
