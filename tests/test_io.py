@@ -102,6 +102,26 @@ def test_bad_audio_is_named(tmp_path, name, words, rate):
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["out.wav", "out.flac"])
+@pytest.mark.parametrize("n_lost", [100, 6000])
+def test_an_end_that_a_library_loses_is_an_error(tmp_path, monkeypatch, name, n_lost):
+    """As libsndfile loses the end of a FLAC when the disk is full as it closes."""
+    close = soundfile.SoundFile.close
+
+    def losing(file):
+        writes = file.mode == "w" and not file.closed
+        close(file)
+        if writes:
+            os.truncate(file.name, os.path.getsize(file.name) - n_lost)
+
+    (tmp_path / name).write_bytes(b"old")
+    monkeypatch.setattr(soundfile.SoundFile, "close", losing)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 10_000)
+    with pytest.raises(AudioError, match=f"cannot write .*{name}: its end was not written"):
+        write_audio(tmp_path / name, noise, 22050)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"old")]
+
+
 def test_bad_writes_are_named_and_leave_nothing(tmp_path):
     audio = np.zeros(10, dtype=np.float32)
     (tmp_path / "file").touch()

@@ -98,12 +98,12 @@ def forked(action: Callable[[], int], log: Path | None = None) -> int:
 
     The result of the action is the child's exit status.
     """
+    # Before the fork: a child can be killed before it does anything.
+    out = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     process = os.fork()
     if process == 0:
         status = 1
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-            out = os.open(log or os.devnull, flags)
             os.dup2(out, 1)
             os.dup2(out, 2)
             status = action()
@@ -111,6 +111,7 @@ def forked(action: Callable[[], int], log: Path | None = None) -> int:
             status = 130  # before the command was ready for one
         finally:
             os._exit(status)
+    os.close(out)
     return process
 
 
@@ -171,7 +172,7 @@ def tree(folder: Path) -> dict[str, Any]:
             found[name + "/"] = ""
             continue
         if name.endswith((".wav", ".flac")):
-            with contextlib.suppress(soundfile.SoundFileError):
+            with contextlib.suppress(soundfile.SoundFileError, ValueError):
                 found[name] = Sound(path)
                 continue
         same = not name.endswith(DIFFER)

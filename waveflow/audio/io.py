@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -199,8 +199,10 @@ def open_audio(
     path = Path(path)
     check_audio_name(path, float32)
     subtype = "FLOAT" if float32 else "PCM_16"
+    n_written = 0
 
     def write(audio: np.ndarray) -> None:
+        nonlocal n_written
         audio = np.asarray(audio)
         if audio.ndim != 1 or audio.size == 0:
             shape = audio.shape
@@ -208,17 +210,25 @@ def open_audio(
         if not np.isfinite(audio).all():
             raise AudioError(f"cannot write {path}: the audio holds NaN or infinite samples")
         file.write(audio.astype(np.float32) if float32 else to_int16(audio))
+        n_written += len(audio)
 
-    with (
-        _writing(path, AudioError) as temporary,
-        soundfile.SoundFile(
-            # As bytes, since soundfile takes only names that are UTF-8.
-            os.fsencode(temporary) if os.name == "posix" else temporary,
-            *("w", sample_rate, 1, subtype),
-            format=_FORMATS[path.suffix.lower()],
-        ) as file,
-    ):
-        yield write
+    with _writing(path, AudioError) as temporary:
+        # As bytes, since soundfile takes only names that are UTF-8.
+        name = os.fsencode(temporary) if os.name == "posix" else temporary
+        kind = _FORMATS[path.suffix.lower()]
+        with soundfile.SoundFile(name, "w", sample_rate, 1, subtype, format=kind) as file:
+            yield write
+        if n_written and not _ends_at(name, n_written):
+            raise OSError("its end was not written")
+
+
+def _ends_at(name: str | bytes | Path, n_samples: int) -> bool:
+    """Whether a file holds its last sample. On a full disk libsndfile closes a FLAC in silence."""
+    with suppress(soundfile.SoundFileError), soundfile.SoundFile(name) as file:
+        if file.frames == n_samples:
+            file.seek(n_samples - 1)
+            return len(file.read(1)) == 1
+    return False
 
 
 def check_audio_name(path: Path, float32: bool = False) -> None:
