@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import N_FEATURES, SMALL
 from torch import Tensor, nn
 
 from waveflow.audio.mel import MelConfig
@@ -17,11 +18,13 @@ from waveflow.bijections import (
     Additive,
     Affine,
     AllActive,
+    BatchNorm,
     Bijection,
     Chain,
     Condition,
     Coupling,
     EvenOdd,
+    EveryNth,
     FactorOut,
     Halves,
     Inverse,
@@ -29,8 +32,12 @@ from waveflow.bijections import (
     InvertibleConv1x1PLU,
     LappedSqueeze,
     MapCond,
+    MixtureOfLogistics,
     OnChannels,
+    OverChannels,
+    OverTime,
     Permute,
+    RationalQuadratic,
     Reverse,
     Squeeze,
     SqueezeCondition,
@@ -41,10 +48,14 @@ from waveflow.bijections.elementwise import ElementwiseMap
 from waveflow.context import context_of
 from waveflow.errors import ConfigError, ContractError
 from waveflow.models.frameglow import FrameGlowConfig, frameglow
+from waveflow.models.registry import FlowConfig, build_flow
 from waveflow.models.waveglow import WaveGlowConfig, waveglow
+from waveflow.nn.causal_wavenet import CausalWaveNet
+from waveflow.nn.made import MADE
+from waveflow.nn.row_net import RowNet
 from waveflow.nn.wavenet import WaveNet
 
-BANDS = 4  # channels of the features in every case
+BANDS = N_FEATURES  # channels of the features in every case
 BATCH = 3
 
 
@@ -108,6 +119,22 @@ def _small_frameglow() -> Bijection:
     mel = MelConfig(sample_rate=8000, n_fft=16, hop_length=4, win_length=16, n_mels=4, f_max=4000)
     features = nn.Conv1d(BANDS, 4 + 3 * mel.hop_length, 1)
     return MapCond(frameglow(config, mel).bijection, MapFeatures(features))
+
+
+def _batch_norm() -> Bijection:
+    """With averages that are not those of a fresh one."""
+    bijection = BatchNorm(4)
+    bijection.mean.copy_(torch.tensor([0.5, -1.0, 0.1, 2.0]))
+    bijection.variance.copy_(torch.tensor([0.5, 2.0, 0.1, 3.0]))
+    return bijection
+
+
+def _model(config: FlowConfig, hop_length: int = 8) -> Bijection:
+    """The bijection of a small model, whose features are those of a case."""
+    mel = MelConfig(
+        sample_rate=8000, n_fft=16, hop_length=hop_length, win_length=16, n_mels=4, f_max=4000
+    )
+    return build_flow(config, mel).bijection
 
 
 CASES: dict[str, Case] = {
@@ -176,10 +203,32 @@ CASES: dict[str, Case] = {
     ),
     "waveglow": Case(_small_waveglow, (1, 24), 6, (4, 1)),
     "frameglow": Case(_small_frameglow, (1, 24), 6, (4, 1)),
+    "batch_norm": Case(_batch_norm, (4, 6), 6, (4, 1)),
+    "spline": Case(lambda: _coupling(RationalQuadratic(4), Halves()), (4, 6), 6, (4, 1)),
+    "mixture": Case(lambda: _coupling(MixtureOfLogistics(3), Halves()), (4, 6), 6, (4, 1)),
+    "every_nth": Case(
+        lambda: MapCond(Chain(Squeeze(2), _coupling(Affine(), Halves())), EveryNth(2)),
+        (2, 8),
+        8,
+        (6, 2),
+    ),
+    "made_over_channels": Case(
+        lambda: OverChannels(MADE(4, BANDS, 9, 2), Affine(), 4), (4, 6), 6, (4, 1)
+    ),
+    "rows_over_channels": Case(
+        lambda: OverChannels(RowNet(4, BANDS, 3, 2, [1, 2]), Affine(), 4), (4, 6), 6, (4, 1)
+    ),
+    "wavenet_over_time": Case(
+        lambda: OverTime(CausalWaveNet(1, BANDS, 4, 2, [1, 2]), Affine()), (1, 6), 6, (4, 1)
+    ),
+    **{
+        name: Case(lambda c=config: _model(c), (1, 16), 16 // n, (8 // n, 8 // n))
+        for name, (config, n) in SMALL.items()
+    },
 }
 # What is a fixed map: no weights, and nothing of the condition but its mask enters.
 FIXED = {"squeeze", "lapped", "lapped_quadrature", "permute", "reverse", "inverse_squeeze"}
-UNCONDITIONAL = FIXED | {"conv1x1", "conv1x1_identity", "conv1x1_plu", "actnorm"}
+UNCONDITIONAL = FIXED | {"conv1x1", "conv1x1_identity", "conv1x1_plu", "actnorm", "batch_norm"}
 
 
 @pytest.fixture(params=CASES)

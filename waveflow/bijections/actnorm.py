@@ -52,18 +52,22 @@ class ActNorm(Bijection):
 
     @torch.no_grad()
     def _start(self, x: Tensor, cond: Condition | None) -> None:
-        mask = None if cond is None else cond.mask
-        weight = torch.ones_like(x[:, :1]) if mask is None else mask.to(x.dtype)
-        total = _all_sum(weight.sum())
-        mean = _all_sum(zero_padding(x, mask).sum((0, 2))) / total
-        centred = zero_padding(x - mean[:, None], mask)
-        variance = _all_sum(centred.square().sum((0, 2))) / total
+        mean, variance = channel_moments(x, None if cond is None else cond.mask)
         self.shift.copy_(-mean)
         self.log_scale.copy_(-0.5 * variance.clamp_min(1e-8).log())
         self.initialized.fill_(True)
 
     def extra_repr(self) -> str:
         return f"channels={len(self.shift)}"
+
+
+def channel_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) of x (B, C, L) over the valid positions of all processes."""
+    weight = torch.ones_like(x[:, :1]) if mask is None else mask.to(x.dtype)
+    total = _all_sum(weight.sum())
+    mean = _all_sum(zero_padding(x, mask).sum((0, 2))) / total
+    centred = zero_padding(x - mean[:, None], mask)
+    return mean, _all_sum(centred.square().sum((0, 2))) / total
 
 
 def _all_sum(values: Tensor) -> Tensor:

@@ -59,3 +59,25 @@ class SqueezeCondition(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n={self.n}"
+
+
+class EveryNth(nn.Module):
+    """Every n-th position of features that are held for n or more positions.
+
+    Unlike `SqueezeCondition` it keeps the number of features. The mask is as there.
+    """
+
+    context = Context()
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def forward(self, cond: Condition) -> Condition:
+        mask: Tensor | None = None
+        if cond.mask is not None:
+            mask = squeeze(cond.mask, self.n).amin(1, keepdim=True)
+        return Condition(cond.features[..., :: self.n], mask)
+
+    def extra_repr(self) -> str:
+        return f"n={self.n}"

@@ -1,0 +1,138 @@
+"""Autoregressive: each element is mapped by parameters that earlier elements decide."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from waveflow.bijections.base import Bijection, Condition, check_channels, sum_log_det
+from waveflow.bijections.elementwise import ElementwiseMap
+from waveflow.context import Context, context_of
+
+# Takes the last element that is known (None at first) and returns the parameters of the next one.
+Steps = Callable[[Tensor | None], Tensor]
+
+
+class CausalNetwork(Protocol):
+    """Parameters (B, n C, L) of x (B, C, L); those of an element see only earlier elements.
+
+    `steps` is the same network, one element after another, without computing anything twice.
+    """
+
+    def __call__(self, x: Tensor, features: Tensor | None, mask: Tensor | None) -> Tensor: ...
+
+    def steps(self, like: Tensor, features: Tensor | None, mask: Tensor | None) -> Steps: ...
+
+
+class Autoregressive(Bijection):
+    """z_i = map(x_i; network(x_1 .. x_{i-1}, cond)), for each element i (Papamakarios et al. 2017).
+
+    The Jacobian is triangular, so its log-determinant is the sum of the map's elementwise
+    log-derivatives. `forward` is one pass of the network. `inverse` goes from element to element;
+    a network with `steps` does each element's work once, any other is run on the whole signal for
+    each element. Its `Inverse` is an inverse autoregressive flow (IAF, Kingma et al. 2016).
+
+    `OverChannels` and `OverTime` say what an element is.
+
+    Args:
+        network: see `CausalNetwork`; `steps` is optional.
+        map: the elementwise map.
+
+    Raises:
+        ValueError: the network makes parameters of another shape than the map needs.
+    """
+
+    axis: int
+
+    def __init__(self, network: nn.Module, map: ElementwiseMap) -> None:
+        super().__init__()
+        self.network = network
+        self.map = map
+
+    @property
+    def context(self) -> Context:
+        return context_of(self.network)
+
+    def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        features, mask = (None, None) if cond is None else cond
+        params = self.network(x, features, mask)
+        expected = (len(x), self.map.n_params * x.shape[1], x.shape[2])
+        if params.shape != expected:
+            raise ValueError(
+                f"{type(self.network).__name__} makes {tuple(params.shape)} of {tuple(x.shape)}; "
+                f"{self.map!r} needs {expected}"
+            )
+        z, log_det = self.map.forward(x, params)
+        return z, sum_log_det(log_det, cond)
+
+    def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        features, mask = (None, None) if cond is None else cond
+        steps: Any = getattr(self.network, "steps", self._whole)
+        params_of_next = steps(z, features, mask)
+        element, elements, log_dets = None, [], []
+        for z_i in z.split(1, self.axis):
+            element, log_det = self.map.inverse(z_i, params_of_next(element))
+            elements.append(element)
+            log_dets.append(log_det)
+        return torch.cat(elements, self.axis), sum_log_det(torch.cat(log_dets, self.axis), cond)
+
+    def _whole(self, like: Tensor, features: Tensor | None, mask: Tensor | None) -> Steps:
+        """The steps of a network that has none of its own: the whole network for each element."""
+        known: list[Tensor] = []
+
+        def params_of_next(element: Tensor | None) -> Tensor:
+            known.extend([] if element is None else [element])
+            n_left = like.shape[self.axis] - len(known)
+            rest = torch.zeros_like(like.narrow(self.axis, len(known), n_left))
+            params = self.network(torch.cat([*known, rest], self.axis), features, mask)
+            params = params.unflatten(1, (self.map.n_params, like.shape[1]))
+            return params.narrow(self.axis + 1, len(known), 1).flatten(1, 2)
+
+        return params_of_next
+
+    def extra_repr(self) -> str:
+        return f"map={self.map!r}"
+
+
+class OverChannels(Autoregressive):
+    """The channels of a position one after another: C steps, whatever the length.
+
+    MAF over blocks of samples (a MADE sees one position alone) and WaveFlow (its rows are the
+    channels here, and its network sees positions on both sides in earlier rows).
+
+    Args:
+        channels: C.
+    """
+
+    axis = 1
+
+    def __init__(self, network: nn.Module, map: ElementwiseMap, channels: int) -> None:
+        super().__init__(network, map)
+        self.channels = channels
+
+    @property
+    def inverse_context(self) -> Context:
+        # Each channel sees the earlier ones around it, and these see as far again.
+        left, right = context_of(self.network)
+        return Context((self.channels - 1) * left, (self.channels - 1) * right)
+
+    def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        check_channels(self, x, self.channels)
+        return super().forward(x, cond)
+
+    def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        check_channels(self, z, self.channels)
+        return super().inverse(z, cond)
+
+
+class OverTime(Autoregressive):
+    """The positions of a signal of one channel one after another: L steps (WaveNet)."""
+
+    axis = 2
+
+    @property
+    def inverse_context(self) -> Context:
+        # A sample is made of all earlier ones, and those of all earlier noise.
+        return Context(math.inf, context_of(self.network).right)
