@@ -503,6 +503,20 @@ def test_check_bijection_finds_a_context_that_is_too_small() -> None:
         check_bijection(coupling, x, cond)
 
 
+def test_check_bijection_finds_a_stream_that_forgets_too_much() -> None:
+    torch.manual_seed(0)
+
+    class Short(OverTime):
+        stream_context = (3, 0)  # type: ignore[assignment]
+
+    network = CausalWaveNet(1, BANDS, 4, 2, [1, 2])
+    nn.init.normal_(network.leave.weight)
+    x, cond = torch.randn(2, 1, 9), Condition(torch.randn(2, BANDS, 9))
+    check_bijection(OverTime(network, Affine()), x, cond)
+    with pytest.raises(ContractError, match="inverse_after 4 positions is not the inverse"):
+        check_bijection(Short(network, Affine()), x, cond)
+
+
 def test_a_network_of_too_few_parameters_is_refused() -> None:
     """It would broadcast, and the log-determinant would be wrong."""
     x = torch.randn(2, 8, 5)

@@ -125,8 +125,8 @@ def test_the_context_is_that_of_a_change(vocoder: Vocoder, steps: int) -> None:
         # The state depends on all frames before, but it is carried: here it is such that the
         # window around the middle frame always begins with the same one.
         zero = torch.zeros(1, dtype=torch.float64) if has_state else None
-        state = flow.carry(mel, None, zero, middle - left)
-        state = None if state is None else -state
+        state = flow.conditioner.carry(mel, None, zero, middle - left)
+        state = None if state is None else (-state, None)
         out = vocoder.refinement(flow.decode(z, mel, None, state), mel, steps)
         return out[0, middle * HOP : (middle + 1) * HOP]
 
@@ -161,7 +161,7 @@ def test_a_jacobian_agrees(vocoder: Vocoder) -> None:
     n_frames, middle = left + right + 11, left + 5
     mel = random_mel(n_frames).double().requires_grad_()
     z = flow.noise(n_frames, [0]).double().requires_grad_()
-    state = torch.zeros(1, dtype=torch.float64)
+    state = (torch.zeros(1, dtype=torch.float64), None)
     audio = flow.decode(z, mel, None, state)
     weights = torch.randn(HOP, generator=torch.Generator().manual_seed(2)).double()
     (audio[0, middle * HOP : (middle + 1) * HOP] * weights).sum().backward()

@@ -66,6 +66,47 @@ def test_a_stream_equals_the_whole(vocoder: Vocoder) -> None:
     torch.testing.assert_close(torch.cat(pieces), vocoder(mel, refine=0), rtol=0, atol=1e-5)
 
 
+def test_a_stream_of_a_wavenet_forgets_what_its_network_no_longer_sees() -> None:
+    torch.manual_seed(0)
+    config = SMALL["wavenet"][0]
+    vocoder = Vocoder(ModelConfig(model=config, mel=MEL), build_flow(config, MEL))
+    with torch.no_grad():
+        for parameter in vocoder.flow.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    mel = random_mel(40)
+    # Seven samples before it; the mel's encoder has two frames on each side.
+    assert vocoder.flow.context == (3, 2)
+    lengths = []
+    decode = vocoder.flow.decode
+
+    def counted(z: Tensor, *args: Any) -> Tensor:
+        lengths.append(z.shape[2] // HOP)
+        return decode(z, *args)
+
+    vocoder = Vocoder(vocoder.config, vocoder.flow, lambda flow: counted)
+    pieces = list(vocoder.stream(mel.split(2, 1), refine=1, least_frames=1))
+    whole = vocoder(mel, refine=1)
+    torch.testing.assert_close(torch.cat(pieces), whole, rtol=0, atol=1e-5)
+    assert len(lengths) > 15 and max(lengths[:-1]) < 25
+
+
+@pytest.mark.parametrize("kind", ["wavenet", "wavenet_mixture"])
+def test_a_padded_batch_of_a_wavenet_streams(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from waveflow.engine import streaming
+
+    monkeypatch.setattr(streaming, "WINDOW_FRAMES", 4)
+    torch.manual_seed(0)
+    config = SMALL[kind][0]
+    vocoder = Vocoder(ModelConfig(model=config, mel=MEL), build_flow(config, MEL))
+    with torch.no_grad():
+        for parameter in vocoder.flow.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    mel = torch.stack([random_mel(20), random_mel(20) + 1])
+    batch, _ = vocoder(mel, lengths=torch.tensor([20, 9]), refine=0)
+    alone = vocoder(mel[1, :, :9], refine=0)
+    torch.testing.assert_close(batch[1, : 9 * HOP], alone, rtol=0, atol=1e-5)
+
+
 def test_a_checkpoint_brings_it_back(vocoder: Vocoder, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "model", vocoder.config, vocoder.flow.state_dict())
     loaded = waveflow.load(tmp_path / "model")

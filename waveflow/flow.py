@@ -14,7 +14,7 @@ from waveflow.errors import ConfigError
 from waveflow.objective import Batch, Phase
 
 # Carried by a stream from a window to the next: None, a tensor with the batch first, or a tuple of
-# them. Only the conditioner that made it looks inside.
+# them. Only who made it looks inside: a conditioner, or for a flow's state the flow.
 State = Any
 
 
@@ -114,12 +114,14 @@ class Flow(nn.Module):
     def context(self) -> Context:
         """Frames to the left and to the right whose mel and noise a frame of audio depends on.
 
+        A stream that carries the flow's state needs no more.
+
         Raises:
             ConfigError: a network, a bijection or the conditioner declares none.
         """
         hops = [
             side if side == math.inf else -(-int(side) // self.hop_length)
-            for side in self.bijection.inverse_context
+            for side in self.bijection.stream_context
         ]
         return Context(*hops) + context_of(self.conditioner)
 
@@ -143,9 +145,23 @@ class Flow(nn.Module):
         """The condition of mel (B, M, F); `lengths` (B,) are the frames of each padded item."""
         return self.conditioner(mel, _frame_mask(mel, lengths), state)
 
-    def carry(self, mel: Tensor, lengths: Tensor | None, state: State, n_frames: int) -> State:
-        """The state of a window `n_frames` after this one (`Conditioner.carry`)."""
-        return self.conditioner.carry(mel, _frame_mask(mel, lengths), state, n_frames)
+    def carry(
+        self, mel: Tensor, lengths: Tensor | None, state: State, n_frames: int, audio: Tensor
+    ) -> State:
+        """The state of a window `n_frames` after this one, for `decode`.
+
+        It is the conditioner's state and the audio that is made already.
+
+        Args:
+            mel, lengths, state: of this window.
+            n_frames: see `Conditioner.carry`.
+            audio: (B, T), what `decode` has made of this window and what is final of it.
+        """
+        of_conditioner = None if state is None else state[0]
+        if n_frames:
+            mask = _frame_mask(mel, lengths)
+            of_conditioner = self.conditioner.carry(mel, mask, of_conditioner, n_frames)
+        return of_conditioner, audio[:, n_frames * self.hop_length :]
 
     def forward(
         self, audio: Tensor, mel: Tensor | None = None, lengths: Tensor | None = None
@@ -184,11 +200,17 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Noise (B, C, L) to audio (B, C L), the exact inverse of `encode`.
 
-        `lengths` (B,) in frames; `state` as in `Conditioner.forward`.
+        `lengths` (B,) in frames; `state` (`carry`) belongs to a window that does not begin with
+        its utterance.
         """
-        cond = self.condition(self._mel(z.flatten(1), mel), lengths, state).crop(z.shape[2])
-        x, _ = self.bijection.inverse(zero_padding(z, cond.mask), cond)
-        audio = x[:, 0]
+        of_conditioner, past = (None, None) if state is None else state
+        mel = self._mel(z.flatten(1), mel)
+        cond = self.condition(mel, lengths, of_conditioner).crop(z.shape[2])
+        z = zero_padding(z, cond.mask)
+        if past is None:
+            audio = self.bijection.inverse(z, cond)[0][:, 0]
+        else:
+            audio = self.bijection.inverse_after(past[:, None], z, cond)[:, 0]
         if cond.mask is not None:
             mask = cond.mask[:, 0].repeat_interleave(self.channels, 1)
             audio = zero_padding(audio, mask)

@@ -18,7 +18,9 @@ Steps = Callable[[Tensor | None], Tensor]
 class CausalNetwork(Protocol):
     """Parameters (B, n C, L) of x (B, C, L); those of an element see only earlier elements.
 
-    `steps` is the same network, one element after another, without computing anything twice.
+    `steps` is the same network, one element after another, without computing anything twice. For
+    `OverTime` it also takes `past` (B, C, l), the first elements: the first call of the steps then
+    gets the last of these.
     """
 
     def __call__(self, x: Tensor, features: Tensor | None, mask: Tensor | None) -> Tensor: ...
@@ -68,19 +70,35 @@ class Autoregressive(Bijection):
         return z, sum_log_det(log_det, cond)
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        features, mask = (None, None) if cond is None else cond
+        x, log_det = self._continued([], self._steps(z, cond), z)
+        return x, sum_log_det(log_det, cond)
+
+    def _steps(self, z: Tensor, cond: Condition | None, *past: Tensor) -> Steps:
         steps: Any = getattr(self.network, "steps", self._whole)
-        params_of_next = steps(z, features, mask)
-        element, elements, log_dets = None, [], []
+        features, mask = (None, None) if cond is None else cond
+        return steps(z, features, mask, *past)
+
+    def _continued(
+        self, known: list[Tensor], params_of_next: Steps, z: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x, its first elements known, of the z of the others; and their log-derivatives."""
+        elements, log_dets = list(known), []
         for z_i in z.split(1, self.axis):
-            element, log_det = self.map.inverse(z_i, params_of_next(element))
+            params = params_of_next(elements[-1] if elements else None)
+            element, log_det = self.map.inverse(z_i, params)
             elements.append(element)
             log_dets.append(log_det)
-        return torch.cat(elements, self.axis), sum_log_det(torch.cat(log_dets, self.axis), cond)
+        return torch.cat(elements, self.axis), torch.cat(log_dets, self.axis)
 
-    def _whole(self, like: Tensor, features: Tensor | None, mask: Tensor | None) -> Steps:
+    def _whole(
+        self,
+        like: Tensor,
+        features: Tensor | None,
+        mask: Tensor | None,
+        past: Tensor | None = None,
+    ) -> Steps:
         """The steps of a network that has none of its own: the whole network for each element."""
-        known: list[Tensor] = []
+        known = [] if past is None else list(past.split(1, self.axis))[:-1]
 
         def params_of_next(element: Tensor | None) -> Tensor:
             known.extend([] if element is None else [element])
@@ -136,3 +154,16 @@ class OverTime(Autoregressive):
     def inverse_context(self) -> Context:
         # A sample is made of all earlier ones, and those of all earlier noise.
         return Context(math.inf, context_of(self.network).right)
+
+    @property
+    def stream_context(self) -> Context:
+        # The samples that the network sees; how they were made no longer matters.
+        return context_of(self.network)
+
+    def inverse_after(self, past: Tensor, z: Tensor, cond: Condition | None = None) -> Tensor:
+        if not past.shape[2]:
+            return self.inverse(z, cond)[0]
+        if past.shape[2] == z.shape[2]:
+            return past
+        known = list(past.split(1, self.axis))
+        return self._continued(known, self._steps(z, cond, past), z[:, :, len(known) :])[0]

@@ -51,6 +51,7 @@ class Bijection(nn.Module):
         context: (left, right), positions of x around a position of z that `forward` depends on.
             There is no default: a bijection without it is refused by windows and streams.
         inverse_context: the same of `inverse`, z around x; by default equal to `context`.
+        stream_context: the same of `inverse_after`; by default equal to `inverse_context`.
         factor: positions of x for each position of z; a squeeze by n has n.
         block: positions of x that belong together; contexts count from the edges of whole blocks.
 
@@ -64,11 +65,23 @@ class Bijection(nn.Module):
     def inverse_context(self) -> Context:
         return context_of(self)
 
+    @property
+    def stream_context(self) -> Context:
+        return self.inverse_context
+
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
+
+    def inverse_after(self, past: Tensor, z: Tensor, cond: Condition | None = None) -> Tensor:
+        """x (B, C, L) of which a stream has made the first positions, `past`, already.
+
+        A bijection whose inverse goes from position to position continues there, and needs
+        no more of the past than its `stream_context`. By default all is computed again.
+        """
+        return self.inverse(z, cond)[0]
 
 
 class Inverse(Bijection):

@@ -40,9 +40,9 @@ def check_bijection(
     """Checks a bijection on a small signal against autograd, in float64.
 
     It checks that `inverse` undoes `forward`; that both log-determinants are (B,), opposite, and
-    equal to those of the Jacobian; that no item and no padding reaches another item; and that
-    nothing outside the declared context does. A bijection that declares no context is checked
-    for all the rest.
+    equal to those of the Jacobian; that no item and no padding reaches another item; that
+    nothing outside the declared context does; and that `inverse_after` goes on as `inverse` would.
+    A bijection that declares no context is checked for all the rest.
 
     Args:
         bijection: it is copied, and stays as it is.
@@ -102,6 +102,7 @@ def check_bijection(
     _check_padding(name, twin.inverse, z, cond, back, inverse_log_det)
     for direction, found in (("context", seen), ("inverse_context", inverse_seen)):
         _check_declared(bijection, direction, found)
+    _check_stream(name, twin, x, z, cond)
     return BijectionReport(trip, error, seen, inverse_seen)
 
 
@@ -205,6 +206,29 @@ def _check_declared(bijection: Bijection, attribute: str, found: Context) -> Non
             f"{type(bijection).__name__}: {attribute} is declared as {tuple(declared)}, but the "
             f"result depends on {tuple(found)} positions"
         )
+
+
+@torch.no_grad()
+def _check_stream(
+    name: str, bijection: Bijection, x: Tensor, z: Tensor, cond: Condition | None
+) -> None:
+    """Raises ContractError if `inverse_after` makes something else than `inverse`."""
+    try:
+        left, _ = bijection.stream_context
+    except ConfigError:
+        return
+    if left == bijection.inverse_context.left:
+        return
+    for n_past in range(1, x.shape[2]):
+        first = max(0, n_past - int(left))
+        window = cond
+        if cond is not None:
+            mask = None if cond.mask is None else cond.mask[:, :, first:]
+            window = Condition(cond.features[:, :, first:], mask)
+        made = bijection.inverse_after(x[:, :, first:n_past], z[:, :, first:], window)
+        valid = _valid(x, cond)[:, :, first:]
+        if made.shape != valid.shape or not torch.allclose(made[valid], x[:, :, first:][valid]):
+            raise ContractError(f"{name}: inverse_after {n_past} positions is not the inverse")
 
 
 def _wider(first: Context, second: Context) -> Context:

@@ -63,6 +63,8 @@ class WindowedSynthesis:
         self._mel: Tensor | None = None
         self._first = 0
         self._state: State = None
+        # Audio of the window, not refined.
+        self._drawn = torch.empty(0)
         self._done = 0
 
     def push(self, mel: Tensor, least_frames: int | None = None) -> Iterator[Tensor]:
@@ -104,34 +106,40 @@ class WindowedSynthesis:
         hop = self.flow.hop_length
         middle = slice((begin - first) * hop, (end - first) * hop)
         if lengths is None:
-            return self._synthesised(mel, self.seeds, None, self._state)[:, middle]
+            self._drawn, audio = self._synthesised(mel, self.seeds, None, self._state)
+            return audio[:, middle]
         # Items that have ended cost nothing, and no decoder sees an empty one.
         items = (lengths > begin - first).nonzero()[:, 0]
-        audio = mel.new_zeros(len(mel), n_frames * hop)
+        self._drawn = mel.new_zeros(len(mel), mel.shape[2] * hop)
+        audio = torch.zeros_like(self._drawn)
         if len(items):
             seeds = [self.seeds[i] for i in items.tolist()]
             state = select_items(self._state, items)
-            audio[items] = self._synthesised(mel[items], seeds, lengths[items], state)[:, middle]
-        return audio
+            self._drawn[items], audio[items] = self._synthesised(
+                mel[items], seeds, lengths[items], state
+            )
+        return audio[:, middle]
 
     def _synthesised(
         self, mel: Tensor, seeds: Sequence[int], lengths: Tensor | None, state: State
-    ) -> Tensor:
-        """Audio of a window (B, M, F) that begins with frame `_first`."""
+    ) -> tuple[Tensor, Tensor]:
+        """Audio of a window (B, M, F) that begins with frame `_first`, drawn and refined."""
         noise = self.flow.noise(mel.shape[2], seeds, self._first).to(mel.device)
-        audio = self.decoder(self.sigma * noise, mel, lengths, state)
-        return self.refinement(audio, mel, self.steps, lengths)
+        drawn = self.decoder(self.sigma * noise, mel, lengths, state)
+        return drawn, self.refinement(drawn, mel, self.steps, lengths)
 
     @torch.inference_mode()
     def _move_on(self) -> None:
         """Drops the frames before the next window and carries the state to it."""
+        if self.left == math.inf:
+            return
         assert self._mel is not None
-        n_frames = 0 if self.left == math.inf else max(0, self._done - int(self.left) - self._first)
-        if n_frames:
-            lengths = self._lengths(self._first, self._end)
-            self._state = self.flow.carry(self._mel, lengths, self._state, n_frames)
-            self._mel = self._mel[:, :, n_frames:]
-            self._first += n_frames
+        n_frames = max(0, self._done - int(self.left) - self._first)
+        lengths = self._lengths(self._first, self._end)
+        final = self._drawn[:, : (self._done - self._first) * self.flow.hop_length]
+        self._state = self.flow.carry(self._mel, lengths, self._state, n_frames, final)
+        self._mel = self._mel[:, :, n_frames:]
+        self._first += n_frames
 
     def _lengths(self, begin: int, end: int) -> Tensor | None:
         """The frames of each item from `begin` to `end`."""

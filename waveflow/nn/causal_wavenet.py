@@ -1,5 +1,7 @@
 """CausalWaveNet: parameters of each sample from the samples before it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,19 +51,31 @@ class CausalWaveNet(nn.Module):
         self, x: Tensor, features: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """x (B, C, L), features (B, M, L) and mask (B, 1, L) to (B, out_channels, L)."""
-        past = F.pad(zero_padding(x, mask), (1, -1)).transpose(1, 2)
         conditions = self._conditions(x, features, mask)
-        h, skips = self.enter(past), torch.zeros(())
-        for i, dilation in enumerate(self.dilations):
-            before = F.pad(h, (0, 0, dilation, 0))[:, : h.shape[1]]
-            h, skips = self._layer(i, before, h, conditions[i], skips)
+        h, skips = self._entered(x, mask), torch.zeros(())
+        for i, condition in enumerate(conditions):
+            h, skips = self._layer(i, self._delayed(i, h), h, condition, skips)
         return self._result(skips).transpose(1, 2)
 
-    def steps(self, like: Tensor, features: Tensor | None, mask: Tensor | None) -> Steps:
+    def steps(
+        self,
+        like: Tensor,
+        features: Tensor | None,
+        mask: Tensor | None,
+        past: Tensor | None = None,
+    ) -> Steps:
         """Sample by sample: each layer keeps as many of its inputs as its dilation."""
         conditions = self._conditions(like, features, mask)
         queues: list[list[Tensor]] = [[] for _ in self.dilations]
         position = -1
+        if past is not None:
+            position += past.shape[2]
+            first = None if mask is None else mask[:, :, : past.shape[2]]
+            inputs = self._inputs(past, [c[:, : past.shape[2]] for c in conditions], first)
+            queues = [
+                list(h[:, -dilation:].split(1, 1))
+                for h, dilation in zip(inputs, self.dilations, strict=True)
+            ]
 
         def params_of_next(element: Tensor | None) -> Tensor:
             nonlocal position
@@ -78,6 +92,23 @@ class CausalWaveNet(nn.Module):
             return self._result(skips).transpose(1, 2)
 
         return params_of_next
+
+    def _inputs(
+        self, past: Tensor, conditions: Sequence[Tensor], mask: Tensor | None
+    ) -> list[Tensor]:
+        """The inputs (B, L, width) of the layers at the positions of past samples."""
+        h, inputs = self._entered(past, mask), []
+        for i, condition in enumerate(conditions):
+            inputs.append(h)
+            h, _ = self._layer(i, self._delayed(i, h), h, condition, torch.zeros(()))
+        return inputs
+
+    def _entered(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The first layer's input: at each position the sample before it."""
+        return self.enter(F.pad(zero_padding(x, mask), (1, -1)).transpose(1, 2))
+
+    def _delayed(self, i: int, h: Tensor) -> Tensor:
+        return F.pad(h, (0, 0, self.dilations[i], 0))[:, : h.shape[1]]
 
     def _layer(
         self, i: int, before: Tensor, h: Tensor, condition: Tensor, skips: Tensor

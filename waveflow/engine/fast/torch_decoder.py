@@ -94,6 +94,9 @@ class _Compiled(Bijection):
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         return self._inverse(z, cond)
 
+    def inverse_after(self, past: Tensor, z: Tensor, cond: Condition | None = None) -> Tensor:
+        return self.bijection.inverse_after(past, z, cond)
+
 
 def device_of(flow: Flow) -> torch.device:
     """Where a flow's weights are; the CPU if it has none."""
