@@ -55,7 +55,8 @@ class MADE(nn.Module):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        # Where the units of each degree begin: degree d has [edges[d - 1], edges[d]).
+        # Where the units of each degree begin: degree d has [edges[d - 1], edges[d]). Units
+        # from edges[d - 1] on see channel d and the units of degree d.
         self._edges = [int((hidden < degree).sum()) for degree in range(1, channels + 1)]
 
     def forward(
@@ -68,26 +69,29 @@ class MADE(nn.Module):
         return self._masked(self.leave, self.mask_out, h, last).transpose(1, 2)
 
     def steps(self, like: Tensor, features: Tensor | None, mask: Tensor | None) -> Steps:
-        """Channel by channel: each unit once, when all that it sees is known."""
+        """Channel by channel: a unit that is known adds its part to all units that see it."""
         first, second, last = self._conditions(like, features, mask)
-        known: list[Tensor] = []
-        h1 = h2 = like.new_zeros(len(like), like.shape[2], 0)
+        # Sums of the units that are not known yet, (B, L, units); of the parameters by channel.
+        h1, h2 = first + self.enter.bias, second + self.middle.bias
+        params = (last + self.leave.bias).unflatten(2, (self.n_params, -1))
+        into_params = self.leave.weight.unflatten(0, (self.n_params, -1))
+        done = 0
 
         def params_of_next(element: Tensor | None) -> Tensor:
-            nonlocal h1, h2
-            known.extend([] if element is None else [element.transpose(1, 2)])
-            done = len(known)
-            if done:
-                units = slice(self._edges[done - 1], self._edges[done])
-                seen = torch.cat(known, 2)
-                weight, bias = self.enter.weight[units, :done], self.enter.bias[units]
-                h1 = torch.cat([h1, (F.linear(seen, weight, bias) + first[..., units]).relu()], 2)
-                weight = (self.middle.weight * self.mask_hidden)[units, : units.stop]
-                new = F.linear(h1, weight, self.middle.bias[units]) + second[..., units]
-                h2 = torch.cat([h2, new.relu()], 2)
-            rows = slice(done, None, like.shape[1])
-            params = F.linear(h2, self.leave.weight[rows, : h2.shape[2]], self.leave.bias[rows])
-            return (params + last[..., rows]).transpose(1, 2)
+            nonlocal h1, h2, params, done
+            if element is not None:
+                start, stop = self._edges[done : done + 2]
+                n_units = stop - start
+                h1 = h1 + F.linear(element.transpose(1, 2), self.enter.weight[start:, done, None])
+                known, h1 = h1[..., :n_units].relu(), h1[..., n_units:]
+                h2 = h2 + F.linear(known, self.middle.weight[start:, start:stop])
+                known, h2 = h2[..., :n_units].relu(), h2[..., n_units:]
+                done += 1
+                weight = into_params[:, done:, start:stop]
+                params = params[..., 1:] + F.linear(known, weight.flatten(0, 1)).unflatten(
+                    2, weight.shape[:2]
+                )
+            return params[..., 0].transpose(1, 2)
 
         return params_of_next
 
