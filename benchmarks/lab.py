@@ -36,6 +36,7 @@ from waveflow.engine.decoder import Precision
 from waveflow.engine.fast.packed import with_packed_linears
 from waveflow.engine.vocoder import Vocoder, VocoderWarning
 from waveflow.errors import ConfigError, WaveflowError
+from waveflow.training.machine import cpu_info
 
 PUBLISHED, PLAIN = "published", "plain"
 VOCOS, GRIFFIN_LIM = PEERS = ("vocos", "griffin-lim")
@@ -181,10 +182,7 @@ def speech(config: MelConfig, seconds: float, device: str = "cpu") -> Tensor:
 
 def machine() -> str:
     """The processor and its instructions, on which every figure depends."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text().partition("\n\n")[0] if cpuinfo.exists() else ""
-    pairs = (line.partition(":") for line in text.splitlines())
-    cpu = {name.strip(): value.strip() for name, _, value in pairs}
+    cpu = cpu_info()
     flags = cpu.get("flags", cpu.get("Features", "")).split()
     name = cpu.get("model name", platform.machine())
     return f"{name}, {' '.join(f for f in CPU_FLAGS if f in flags)}, torch {torch.__version__}"

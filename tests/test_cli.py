@@ -39,6 +39,7 @@ VERBS = (
     "denoise",
     "prepare",
     "train",
+    "compare",
     "evaluate",
     "bench",
     "info",
@@ -173,6 +174,8 @@ check(2, "evaluate", ".", "--ids", "no-such-file")
 check(2, "prepare", "no-such-folder", "-o", "cache")
 check(2, "prepare", "-o", "cache", "--mel", "klatt")
 check(2, "train", "recipe.toml", "--out", "run", "--init", "no-such-model")
+check(2, "compare", "no-such-model", "--minutes", "1")
+check(2, "compare", "nice")
 """
 
 

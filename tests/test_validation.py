@@ -38,11 +38,11 @@ from waveflow.training.log import WANDB_SWITCH, MetricsLog, mel_picture
 from waveflow.training.loop import Progress, Trainer
 from waveflow.training.validation import (
     Validation,
-    _interval,
     _student_95,
     latent_statistics,
     learned_steps,
     power_sums,
+    ratio_interval,
     record_step_log_dets,
     score_clips,
     summarise,
@@ -204,9 +204,9 @@ def test_each_process_scores_its_own_clips(
 def test_the_interval_of_equal_clips_is_that_of_a_mean() -> None:
     values = torch.tensor([4.0, 5.0, 5.5, 6.0, 4.5, 5.2], dtype=torch.float64)
     expected = 2.5706 * values.std().item() / math.sqrt(6)  # Student's t, 5 degrees of freedom
-    found = _interval(values * 1000, torch.full_like(values, 1000))
+    found = ratio_interval(values * 1000, torch.full_like(values, 1000))
     assert found == pytest.approx(expected, rel=2e-3)
-    assert _interval(values[:1], torch.ones(1)) is None
+    assert ratio_interval(values[:1], torch.ones(1)) is None
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_the_interval_covers_the_mean_of_unequal_clips() -> None:
         weights = torch.from_numpy(rng.uniform(1, 10, 20))
         values = torch.from_numpy(rng.normal(5.0, 0.5, 20))
         mean = ((values * weights).sum() / weights.sum()).item()
-        covered += abs(mean - 5.0) <= _interval(values * weights, weights)
+        covered += abs(mean - 5.0) <= ratio_interval(values * weights, weights)
     assert 0.92 <= covered / 1000 <= 0.97
 
 

@@ -1,8 +1,8 @@
-"""Finds the models that ship, and the folder of any model."""
+"""Finds the models and recipes that ship, and the folder of any model."""
 
 from pathlib import Path
 
-from waveflow.errors import CheckpointError
+from waveflow.errors import CheckpointError, ConfigError
 from waveflow.model_files import CONFIG, resolve_run
 
 DEFAULT_MODEL = "frameglow-cc0"
@@ -44,8 +44,21 @@ def model_folder(model: str | Path | None = None) -> Path:
     )
 
 
-def _root() -> Path:
-    # A wheel has the models inside the package, a checkout beside it. (A folder without
+def zoo_recipe(name: str) -> Path:
+    """Returns the recipe of a model of the zoo.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    recipes = {path.stem: path for path in _root("recipes/zoo").glob("*.toml")}
+    if name not in recipes:
+        known = ", ".join(sorted(recipes))
+        raise ConfigError(f"no model {name!r} in the zoo: there are {known}")
+    return recipes[name]
+
+
+def _root(folder: str = "pretrained") -> Path:
+    # A wheel has the files inside the package, a checkout beside it. (A folder without
     # __init__.py does not hide the module of its name.)
-    inside = Path(__file__).parent / "pretrained"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "pretrained"
+    inside = Path(__file__).parent / folder
+    return inside if inside.is_dir() else Path(__file__).parent.parent / folder

@@ -12,6 +12,7 @@ import typer
 
 from waveflow import __version__
 from waveflow.cli.bench import bench
+from waveflow.cli.compare import compare
 from waveflow.cli.console import (
     NoteHandler,
     fault_line,
@@ -78,7 +79,10 @@ def _waveflow(
             show(line)
 
 
-for _verb in (vocode, resynth, mel, denoise, prepare, train, evaluate, bench, info, convert):
+_VERBS = (
+    vocode, resynth, mel, denoise, prepare, train, compare, evaluate, bench, info, convert,
+)  # fmt: skip
+for _verb in _VERBS:
     app.command()(flat(_verb))
 
 

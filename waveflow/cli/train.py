@@ -105,15 +105,15 @@ def train(
 
     weights = None if start is None else (start, load_checkpoint(start)[1].state_dict())
 
-    with _own_folder(out), process_group(device):
+    with own_folder(out), process_group(device):
         main, logger = is_main(), logging.getLogger("waveflow")
         # All processes would log the same, so rank 0 does it.
         logger.setLevel(logging.WARNING if main else logging.ERROR)
         on_main(holds_run)  # another process may have trained meanwhile
-        folder = on_main(lambda: _data(data or [], out / "cache", settings.mel, resume))
+        folder = on_main(lambda: training_data(data or [], out / "cache", settings.mel, resume))
         cache = TrainingCache(folder)
-        with _sigterm() as stop:
-            words = _described(cache, init)
+        with until_sigterm() as stop:
+            words = described(cache, init)
             trainer = Trainer(settings, cache, out, device, weights, resume, words)
             if main:
                 logger.setLevel(logging.INFO)
@@ -128,7 +128,7 @@ def train(
 
 
 @contextmanager
-def _own_folder(out: Path) -> Iterator[None]:
+def own_folder(out: Path) -> Iterator[None]:
     """Makes the run's folder and keeps other processes out of it; rank 0 does so for all.
 
     A folder in which nothing was written does not stay.
@@ -151,7 +151,7 @@ def _own_folder(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
+def until_sigterm() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether SIGTERM was received: a scheduler wants the machine."""
     received = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: received.set())
@@ -161,7 +161,7 @@ def _sigterm() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _data(data: list[Path], own: Path, mel: "MelConfig", resume: bool) -> Path:
+def training_data(data: list[Path], own: Path, mel: "MelConfig", resume: bool) -> Path:
     """Returns the cache that is given, or the run's own, which is made from the corpora if missing.
 
     A cache gets its name when it is complete, so one that exists need not be made again.
@@ -187,7 +187,7 @@ def _data(data: list[Path], own: Path, mel: "MelConfig", resume: bool) -> Path:
     return own
 
 
-def _described(cache: "TrainingCache", init: str | None) -> str:
+def described(cache: "TrainingCache", init: str | None) -> str:
     """Describes the data in words, for the checkpoint's provenance."""
     names = dict.fromkeys(clip.corpus for clip in cache.clips("train"))
     described = f"{', '.join(names)} ({cache.hours('train'):.2f} hours)"

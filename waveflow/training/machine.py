@@ -1,9 +1,11 @@
-"""What depends on the machine: whether activations fit into its memory, and compiled networks."""
+"""What depends on the machine: its name, whether activations fit, and compiled networks."""
 
 import logging
 import math
 import os
+import platform
 import shutil
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +22,22 @@ logger = logging.getLogger(__name__)
 MOST_OF_MEMORY = 0.5
 # Lengths of an item. The difference between the two leaves out what is kept once for any length.
 COUNTED_FRAMES = (8, 24)
+
+
+def cpu_info() -> dict[str, str]:
+    """What Linux says of the first processor; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text().partition("\n\n")[0] if path.exists() else ""
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def machine(threads: int, device: str) -> str:
+    """The hardware that a figure of speed depends on, in words."""
+    name = cpu_info().get("model name", platform.machine())
+    if torch.device(device).type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}, {name}"
+    return f"{name}, {threads} CPU thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
 
 
 def choose_recompute(flow: Flow, recipe: Recipe, n_items: int, device: torch.device) -> bool:

@@ -139,7 +139,7 @@ def summarise(scores: Tensor, flow: Flow, speech: Tensor, draw: Tensor) -> Valid
     means = (totals / n_samples).tolist()
     return Validation(
         log_likelihood=means[1],
-        interval=_interval(scores[:, 1], scores[:, 0]),
+        interval=ratio_interval(scores[:, 1], scores[:, 0]),
         draw_log_likelihood=means[2],
         latent=latent_statistics(totals[3 : 3 + N_MOMENTS], n_samples),
         log_dets=dict(zip(learned_steps(flow.bijection), means[3 + N_MOMENTS :], strict=True)),
@@ -209,7 +209,7 @@ def record_step_log_dets(steps: dict[str, Bijection]) -> Iterator[dict[str, Tens
             handle.remove()
 
 
-def _interval(sums: Tensor, weights: Tensor) -> float | None:
+def ratio_interval(sums: Tensor, weights: Tensor) -> float | None:
     """Half a 95 % interval of sum(sums) / sum(weights) over clips (ratio estimator).
 
     For clips of one length it is the ordinary interval of a mean.
