@@ -86,10 +86,14 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return received[0]
 
     monkeypatch.setattr(verb, "_in_own_process", measured)
-    # Speeds are not tested here.
+    return done
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speed and multiply-adds are measured elsewhere."""
     monkeypatch.setattr(compare, "TIMED_SECONDS", 1e-9)
     monkeypatch.setattr(compare, "macs_per_second", lambda vocoder: 2.5e9)
-    return done
 
 
 def job(cache: TrainingCache, out: Path, goal: Goal, **train: Any) -> Job:

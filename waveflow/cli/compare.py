@@ -1,5 +1,6 @@
 """`waveflow compare`: trains models alike and prints one table of them."""
 
+import logging
 import math
 import multiprocessing
 import signal
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from waveflow.cli import options
-from waveflow.cli.console import note, progress_bar, show, show_table
+from waveflow.cli.console import NoteHandler, note, progress_bar, show, show_table
 from waveflow.cli.train import described, own_folder, training_data, until_sigterm
 from waveflow.errors import ConfigError, WaveflowError
 from waveflow.files import atomic_path
@@ -232,6 +233,7 @@ def _in_own_process(job: "Job", title: str) -> "tuple[Result | None, str, bool]"
 def _measure(job: "Job", title: str, sender: "Connection") -> None:
     """The process of a job: sends its result, or why there is none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent hears it, and sends SIGTERM
+    logging.getLogger("waveflow").handlers = [NoteHandler()]
     with until_sigterm() as stop:
         try:
             from waveflow.training.compare import measure

@@ -115,7 +115,7 @@ def notes(rows: Sequence[Row], job: Job, sample_rate: int) -> list[str]:
     config, goal = job.recipe.train, job.goal
     held = next(row.result for row in rows if row.result is not None).n_samples
     segment = config.segment_frames * job.recipe.mel.hop_length / sample_rate
-    amount = f"{goal.minutes:g} minutes" if goal.minutes < math.inf else f"{goal.steps} steps"
+    amount = f"{goal.steps} steps" if goal.minutes == math.inf else f"{goal.minutes:g} min"
     lines = [
         f"Training: {amount} of each model, {config.batch_size} segments of {segment:.2f} s a step,"
         f" seed {config.seed}; validations and measurements are not counted.",
@@ -126,8 +126,8 @@ def notes(rows: Sequence[Row], job: Job, sample_rate: int) -> list[str]:
         "apart.",
         f"Own draws: the same for a draw of {DRAW_SECONDS:g} s (or the shortest clip) for each "
         "clip.",
-        f"Multiply-adds and samples/s: noise to audio, one item of {HELD_SECONDS:g} s; trained "
-        "s/s: seconds of audio trained on for each second.",
+        f"Multiply-adds and samples/s: noise to audio, an item of {HELD_SECONDS:g} s (on one "
+        "CPU thread by the CPU's clock); trained s/s: seconds of audio for each second of training.",
         "Memory: growth of the training process's own memory beyond Python, torch and data.",
     ]
     return [*lines, *(f"{row.name} failed: {row.failure}" for row in rows if row.failure)]
