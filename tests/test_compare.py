@@ -3,7 +3,11 @@
 import csv
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,9 +352,26 @@ def test_each_model_has_a_process_of_its_own_that_may_die(
     assert status == 1 and "its process died (exit status 3)" in err
 
 
-def _dies(*_: Any) -> None:
-    import os
+@pytest.mark.slow
+def test_sigterm_saves_the_run_and_ends_its_process(
+    cache: TrainingCache, recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    args = ["--recipes", recipe, "--data", cache.folder, "--minutes", 60, "-o", out]
+    command = [sys.executable, "-m", "waveflow", "compare", *map(str, args)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "small" / "metrics.csv").is_file():  # the run has begun
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.terminate()
+    # Its pipe ends when no process of it is left.
+    assert process.communicate()[1] == "waveflow: interrupted\n"
+    assert process.returncode == 130
+    assert (out / "small" / "checkpoints.json").is_file()
+    assert not (out / "small" / "comparison.json").exists()
 
+
+def _dies(*_: Any) -> None:
     os._exit(3)
 
 

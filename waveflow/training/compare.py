@@ -287,6 +287,13 @@ def _check_not_beyond(trainer: Trainer, job: Job) -> None:
         )
 
 
+def _load_modules() -> None:
+    """Loads what any training loads when it begins, which is no memory of the model."""
+    with suppress(ImportError):
+        from torch.utils import tensorboard  # noqa: F401
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # brings 90 MB of torch._dynamo
+
+
 def _memory(field: str) -> int:
     """Bytes of this process in /proc/self/status (man 5 proc); 0 where there is none."""
     with suppress(OSError):

@@ -127,7 +127,7 @@ def notes(rows: Sequence[Row], job: Job, sample_rate: int) -> list[str]:
         f"Own draws: the same for a draw of {DRAW_SECONDS:g} s (or the shortest clip) for each "
         "clip.",
         f"Multiply-adds and samples/s: noise to audio, an item of {HELD_SECONDS:g} s (on one "
-        "CPU thread by the CPU's clock); trained s/s: seconds of audio for each second of training.",
+        "CPU thread by the CPU's clock); trained s/s: seconds of audio a second of training.",
         "Memory: growth of the training process's own memory beyond Python, torch and data.",
     ]
     return [*lines, *(f"{row.name} failed: {row.failure}" for row in rows if row.failure)]
