@@ -6,6 +6,7 @@ from waveflow.models.flowavenet import FloWaveNetConfig
 from waveflow.models.glow import GlowConfig
 from waveflow.models.maf import IAFConfig, MAFConfig
 from waveflow.models.nice import NICEConfig
+from waveflow.models.parallel_wavenet import ParallelWaveNetConfig
 from waveflow.models.realnvp import RealNVPConfig
 from waveflow.models.registry import FlowConfig
 from waveflow.models.waveflow import WaveFlowConfig
@@ -26,5 +27,6 @@ SMALL: dict[str, tuple[FlowConfig, int]] = {
     "iaf": (IAFConfig(squeeze_factor=4, n_flows=2, **SIZES), 4),
     "wavenet": (WaveNetConfig(n_layers=2, n_cycles=2, **SIZES), 1),
     "wavenet_mixture": (WaveNetConfig(n_layers=2, head="mixture", n_components=2, **SIZES), 1),
+    "parallel_wavenet": (ParallelWaveNetConfig(flow_layers=(2, 1), **SIZES), 1),
     "waveflow": (WaveFlowConfig(rows=8, n_flows=2, n_layers=2, **SIZES), 8),
 }

@@ -11,6 +11,7 @@ from tiny_training import (
     MEL,
     MODEL,
     MODELS,
+    PLAIN,
     WAVEGLOW,
     batch_of,
     perturbed,
@@ -366,10 +367,10 @@ def test_maps_are_as_before_after_they_were_noted() -> None:
 
 
 class Student(Flow):
-    """Learns to be as likely as another flow says, which it loads by the recipe's name for it."""
+    """Learns to be as likely as another flow says."""
 
-    def phases(self, settings: Any) -> list[Phase]:
-        teacher = perturbed(seed=int(settings.teacher))
+    def phases(self, settings: Any, teacher: Flow | None = None) -> list[Phase]:
+        assert teacher is not None
 
         def loss(batch: Batch) -> Loss:
             with torch.no_grad():
@@ -383,13 +384,22 @@ class Student(Flow):
 def test_a_phase_without_end_may_hold_another_flow() -> None:
     student = perturbed()
     student.__class__ = Student
-    (phase,) = phases(student, recipe(teacher="0"), CPU)
+    (phase,) = phases(student, recipe(**PLAIN), CPU, perturbed(seed=0))
     assert phase.loss(batch_of(*speech(32))).value < 1e-9  # its teacher is as it is
-    (phase,) = phases(student, recipe(teacher="1"), CPU)
+    (phase,) = phases(student, recipe(**PLAIN), CPU, perturbed(seed=1))
     loss = phase.loss(batch_of(*speech(32)))
     assert loss.value > 1e-3
     assert gradient_of(student, loss.value).norm() > 0
     assert student.state_dict().keys() == perturbed().state_dict().keys()
+
+
+@pytest.mark.parametrize("term", ["energy_weight", "calibration_weight"])
+def test_a_phase_without_end_has_no_terms_of_a_recipe(term: str) -> None:
+    student = perturbed()
+    student.__class__ = Student
+    wrong = recipe(**(PLAIN | {term: 2.0}))
+    with pytest.raises(ConfigError, match=f"{term} 2: frameglow has a loss of its own"):
+        phases(student, wrong, CPU, perturbed(seed=1))
 
 
 def test_frameglow_trains_its_pitch_head_first() -> None:

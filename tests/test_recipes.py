@@ -11,6 +11,7 @@ import soundfile
 import torch
 
 from waveflow.audio.mel import MEL_PRESETS
+from waveflow.checkpoint import ModelConfig, save_checkpoint
 from waveflow.data.cache import TrainingCache
 from waveflow.data.prepare import prepare
 from waveflow.errors import ConfigError
@@ -64,6 +65,15 @@ def small(recipe: Recipe) -> Recipe:
             "recompute": False,
         }
     )
+    return recipe.model_copy(update={"train": train})
+
+
+def taught(recipe: Recipe, folder: Path) -> Recipe:
+    """With a new model for its teacher, of the recipe that has the teacher's name."""
+    other = read_recipe(RECIPES / "zoo" / f"{Path(recipe.train.teacher).name}.toml")
+    config = ModelConfig(model=other.model, mel=other.mel)
+    save_checkpoint(folder, config, build_flow(other.model, other.mel).state_dict())
+    train = recipe.train.model_copy(update={"teacher": str(folder)})
     return recipe.model_copy(update={"train": train})
 
 
@@ -164,6 +174,8 @@ def test_the_readme_lists_the_recipe_and_its_parameters(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in FILES if path != LARGE], ids=name)
 def test_the_recipe_takes_a_step(path: Path, corpus: Path, tmp_path: Path) -> None:
     recipe = small(read_recipe(path))
+    if recipe.train.teacher:
+        recipe = taught(recipe, tmp_path / "teacher")
     prepare([corpus], tmp_path / "cache", recipe.mel, workers=1)
     trainer = Trainer(recipe, TrainingCache(tmp_path / "cache"), tmp_path / "run")
     for step in range(1 + recipe.train.pitch_steps):

@@ -18,6 +18,13 @@ def standard_normal_log_prob(z: Tensor, mask: Tensor | None = None) -> Tensor:
     return log_prob.sum((1, 2))
 
 
+def gaussian_kl(mean_q: Tensor, log_q: Tensor, mean_p: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q || p) of Gaussians, elementwise, in nats; log_q and log_p are logs of their sigma."""
+    variance = ((log_q - log_p) * 2).exp()
+    distance = ((mean_q - mean_p) * (-log_p).exp()).square()
+    return log_p - log_q + (variance + distance - 1) / 2
+
+
 def draw_noise(
     n_frames: int, hop_length: int, seeds: Sequence[int], first_frame: int = 0
 ) -> Tensor:

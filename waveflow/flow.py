@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,10 @@ class Flow(nn.Module):
         channels: C of the squeezed signal and of z.
         hop_length: audio samples for each mel frame, a multiple of `channels`; by default equal.
 
+    Attributes:
+        measure: the name of what validation measures, in logs and in `waveflow info`. It has the
+            unit of a likelihood and higher is better; another one comes from `Phase.score`.
+
     Raises:
         ConfigError: hop_length is no multiple of `channels`, or of the bijection's blocks.
 
@@ -90,6 +94,8 @@ class Flow(nn.Module):
         >>> moons(torch.randn(100, 2)).shape, moons.sample(n_items=7).shape
         (torch.Size([100]), torch.Size([7, 2]))
     """
+
+    measure: ClassVar[str] = "log-likelihood"
 
     def __init__(
         self,
@@ -243,16 +249,18 @@ class Flow(nn.Module):
         samples = draw_noise(n_frames, self.hop_length, seeds, first_frame)
         return samples.reshape(len(seeds), -1, self.channels).transpose(1, 2)
 
-    def phases(self, settings: Any) -> list[Phase]:
+    def phases(self, settings: Any, teacher: "Flow | None" = None) -> list[Phase]:
         """First phases of a training, before the one that trains the whole flow; none by default.
 
         A training calls it once, when it starts or resumes. A phase without end (`steps` is
         math.inf) replaces the one that trains the whole flow. This is how a model learns from
-        another flow: it loads that teacher here (`settings.teacher`) and lets the phase's loss
-        hold it. A teacher that is an attribute of the flow would be saved with it.
+        another flow: the phase's loss holds that teacher. A teacher that is an attribute of the
+        flow would be saved with it.
 
         Args:
             settings: the recipe's `TrainConfig`.
+            teacher: the model that `settings.teacher` names, in evaluation mode, its weights
+                frozen; on the same mel.
         """
         return []
 

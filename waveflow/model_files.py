@@ -55,7 +55,8 @@ class Provenance(BaseModel):
         steps, minutes: optimizer steps, and time spent in training.
         phase: the model's own first phase, such as "pitch head", if training was stopped in it: the
             flow is then as it began. Empty for a flow that was trained.
-        log_likelihood: of validation speech, nats per audio sample.
+        measure: the name of what validation measured (`Flow.measure`).
+        log_likelihood: its value for validation speech, nats per audio sample.
         draw_log_likelihood: of the model's own draws for the same mels.
         mel_range: lowest and highest value of each mel band in the training data.
     """
@@ -67,6 +68,7 @@ class Provenance(BaseModel):
     steps: int = Field(default=0, ge=0)
     minutes: float = Field(default=0.0, ge=0)
     phase: str = ""
+    measure: str = "log-likelihood"
     log_likelihood: float | None = None
     draw_log_likelihood: float | None = None
     mel_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None

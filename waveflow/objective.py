@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -95,6 +95,20 @@ class Loss(NamedTuple):
     terms: dict[str, Tensor]
 
 
+class Score(NamedTuple):
+    """What a validation finds of a model whose likelihood of speech takes too long.
+
+    Attributes:
+        value: (B,), nats per audio sample, higher is better; `Flow.measure` is its name.
+        draw_log_likelihood: (B,), the model's log-likelihood of its own draw.
+        draw: (B, T).
+    """
+
+    value: Tensor
+    draw_log_likelihood: Tensor
+    draw: Tensor
+
+
 class Phase(NamedTuple):
     """Steps of a training that minimise one loss.
 
@@ -102,8 +116,11 @@ class Phase(NamedTuple):
         name: for messages.
         steps: how many; math.inf for all that follow.
         loss: of a batch. Parameters that it gives no gradient stay as they are.
+        score: of a flow, mels (B, M, F) and noise (B, C, L), if a phase without end is validated by
+            something else than the likelihood of speech.
     """
 
     name: str
     steps: float
     loss: Callable[[Batch], Loss]
+    score: Callable[[Any, Tensor, Tensor], Score] | None = None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from waveflow.audio.mel_config import MelConfig
     from waveflow.data.corpus import Split
     from waveflow.engine.vocoder import Vocoder
-    from waveflow.model_files import ModelCard
+    from waveflow.model_files import ModelCard, Provenance
 
 
 def info(
@@ -108,7 +108,7 @@ def _show_models(verify: bool) -> None:
             f"{name} (default)" if name == DEFAULT_MODEL else name,
             card.model.type,
             f"{count_weights(folder) / 1e6:.2f} M",
-            _number(card.provenance.log_likelihood),
+            _measured(card.provenance),
             card.provenance.licence or "not stated",
             card.provenance.data or "not stated",
         )
@@ -127,10 +127,11 @@ def _facts(card: "ModelCard") -> Iterator[tuple[str, str]]:
         "training",
         f"{source.steps:,} steps, {source.minutes:.0f} minutes{stopped if source.phase else ''}",
     )
+    draws = "" if source.measure == "log-likelihood" else "log-likelihood "
     yield (
-        "log-likelihood",
+        source.measure,
         f"{_number(source.log_likelihood)} on validation speech, "
-        f"{_number(source.draw_log_likelihood)} on its own draws (nats per audio sample)",
+        f"{draws}{_number(source.draw_log_likelihood)} on its own draws (nats per audio sample)",
     )
 
 
@@ -146,6 +147,12 @@ def _mel_words(mel: "MelConfig") -> str:
 
 def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
+
+
+def _measured(source: "Provenance") -> str:
+    """The likelihood, or what was measured instead by its name."""
+    name = "" if source.measure == "log-likelihood" else f" ({source.measure})"
+    return _number(source.log_likelihood) + name
 
 
 def _cost(vocoder: "Vocoder") -> str:

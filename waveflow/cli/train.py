@@ -121,7 +121,7 @@ def train(
                 trainer.run(max_minutes, report, stop, report_clip)
     if main:
         best = trainer.best
-        score = "" if best is None else f", best validation log-likelihood {best:.4f}"
+        score = "" if best is None else f", best validation {trainer.flow.measure} {best:.4f}"
         if trainer.before is not None:
             score += f" ({trainer.before:.4f} before)"
         show(f"{out}: {trainer.step} steps, {trainer.minutes:.1f} minutes{score}")

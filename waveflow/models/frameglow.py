@@ -104,7 +104,7 @@ class FrameGlow(Flow):
 
     conditioner: "FrameConditioner"
 
-    def phases(self, settings: Any) -> list[Phase]:
+    def phases(self, settings: Any, teacher: Flow | None = None) -> list[Phase]:
         if not settings.pitch_steps:
             return []
         return [Phase("pitch head", settings.pitch_steps, self._pitch_loss)]

@@ -37,7 +37,8 @@ class TrainConfig(BaseModel):
         energy_weight: of the spectral energy distance of two draws; 0 leaves it out.
         calibration_weight: of calibration; 0 leaves it out.
         pitch_steps: first steps, which train only the pitch head. It is frozen afterwards.
-        teacher: name or folder of a trained model, for models that learn from another one.
+        teacher: name or folder of a trained model, for models that learn from another one. The
+            run keeps a copy.
         learning_rate: the peak. The rate rises to it linearly in `warmup_steps`, then falls with
             1 / sqrt(1 + step / decay_steps), which does not need to know the end of the run.
         rates: factors of the learning rate by the beginning of a parameter's name. The longest

@@ -94,12 +94,14 @@ class MetricsLog:
 
     def add_validation(self, step: int, minutes: float, result: Validation) -> None:
         """Appends rows of its figures; gives its example to the boards."""
-        values = {"log_likelihood": result.log_likelihood}
+        name = result.measure.replace("-", "_").replace(" ", "_")
+        values = {name: result.log_likelihood}
         if result.interval is not None:
             values["interval"] = result.interval
         values["draw_log_likelihood"] = result.draw_log_likelihood
         self.add("validation", step, minutes, values)
-        self.add("z", step, minutes, result.latent._asdict())
+        if result.latent is not None:
+            self.add("z", step, minutes, result.latent._asdict())
         self.add("log_det", step, minutes, result.log_dets)
         if not self.has_speech:
             self._add_sound(step, "speech", result.speech)

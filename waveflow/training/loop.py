@@ -119,8 +119,10 @@ class Trainer:
         self.flow = build_flow(recipe.model, recipe.mel).to(self.device)
         if init is not None:
             load_weights(self.flow, init[1], init[0])
+        goes_on = resume and on_main(self.folder.has_checkpoints)
+        teacher = self.folder.load_teacher(goes_on, self.device)
         # The last phase has no end and trains the whole flow.
-        self.phases = phases(self.flow, recipe, self.device)
+        self.phases = phases(self.flow, recipe, self.device, teacher and teacher.flow)
         if init is not None:
             self.phases = self.phases[-1:]
         self.share = own_share(config.batch_size)
@@ -138,7 +140,10 @@ class Trainer:
         self.best_name: str | None = None
         # The likelihood before the first step of a run that starts from trained weights.
         self.before: float | None = None
-        self.provenance = Provenance(data=data)
+        if teacher is not None:
+            source = teacher.config.provenance.data or "data not stated"
+            data = f"{data}, taught by {recipe.train.teacher}: {source}"
+        self.provenance = Provenance(data=data, measure=self.flow.measure)
         # Weights that a validation can be about, before the first step of this call.
         self._has_weights = init is not None
         if resume and self._resume():
@@ -146,7 +151,8 @@ class Trainer:
             return
         mel_range = on_main(lambda: cache.mel_range(recipe.mel))
         self.provenance = self.provenance.model_copy(update={"mel_range": mel_range})
-        on_main(lambda: self.folder.start(self.device, data, None if init is None else init[0]))
+        start_from = None if init is None else init[0]
+        on_main(lambda: self.folder.start(self.device, data, start_from, teacher))
         if init is not None:
             # A kill before the first step's checkpoint would lose the weights.
             self._save()
@@ -212,9 +218,10 @@ class Trainer:
             logger.info("asked to stop: saved at step %d", self.step)
         if self._out_of_patience():
             logger.info(
-                "stopped at step %d: since %s no validation log-likelihood was above %.4f",
+                "stopped at step %d: since %s no validation %s was above %.4f",
                 self.step,
                 self.best_name,
+                self.flow.measure,
                 self.best,
             )
 
@@ -312,18 +319,25 @@ class Trainer:
         averaged.load_state_dict(self.average)
         try:
             result = validate(
-                averaged.eval(), self.cache, self.spectrogram, self.device, report, stop
+                averaged.eval(),
+                self.cache,
+                self.spectrogram,
+                self.device,
+                report,
+                stop,
+                self.phases[-1].score,
             )
         except ValidationStopped:
             return False
         if not math.isfinite(result.log_likelihood):
-            self._end_diverged("the validation log-likelihood is not finite", self.step)
+            self._end_diverged(f"the validation {result.measure} is not finite", self.step)
         if log is not None:
             log.add_validation(self.step, self.minutes, result)
         logger.info(
-            "step %d, %.1f minutes: validation log-likelihood %.4f%s, own draws %.4f",
+            "step %d, %.1f minutes: validation %s %.4f%s, own draws %.4f",
             self.step,
             self.minutes,
+            result.measure,
             result.log_likelihood,
             "" if result.interval is None else f" ± {result.interval:.4f}",
             result.draw_log_likelihood,

@@ -21,15 +21,20 @@ WINDOWS = (128, 256, 512, 1024, 2048)
 LOG_FLOOR = 1e-4
 
 
-def phases(flow: Flow, recipe: Recipe, device: torch.device) -> list[Phase]:
+def phases(
+    flow: Flow, recipe: Recipe, device: torch.device, teacher: Flow | None = None
+) -> list[Phase]:
     """The phases of a run: the first ones of the model, then one without end for all of the flow.
+
+    Args:
+        teacher: the model that the recipe names, on the device, with frozen weights.
 
     Raises:
         ConfigError: the recipe has settings for phases that this model does not have, or its
             segments are too short.
     """
     config = recipe.train
-    first = flow.phases(config)
+    first = flow.phases(config, teacher)
     if not first:
         for name in ("pitch_steps", "teacher"):
             if value := getattr(config, name):
@@ -43,6 +48,12 @@ def phases(flow: Flow, recipe: Recipe, device: torch.device) -> list[Phase]:
             f"distance needs {max(WINDOWS)}: give longer segments"
         )
     if any(phase.steps == math.inf for phase in first):
+        for name in ("energy_weight", "calibration_weight"):
+            if value := getattr(config, name):
+                raise ConfigError(
+                    f"{name} {value:g}: {recipe.model.type} has a loss of its own, without this "
+                    "term; leave it out"
+                )
         return first
     return [*first, Phase("flow", math.inf, FlowLoss(flow, recipe, device))]
 

@@ -1,6 +1,7 @@
 """A run's folder: what is written when a run starts, its checkpoints, and how it is taken up again.
 
-A run folder holds `recipe.json` and `run.json`, written once; `metrics.csv`; checkpoints
+A run folder holds `recipe.json` and `run.json`, written once; a copy of the `teacher`, if it has
+one, so that it can be resumed wherever that was; `metrics.csv`; checkpoints
 `step-NNNNNNNN`, each with the moments and the state that a resume needs; and `checkpoints.json`,
 which names the last checkpoint, the one before it and the best. All others are removed.
 """
@@ -30,6 +31,7 @@ from waveflow.checkpoint import (
     WEIGHTS,
     ModelConfig,
     Provenance,
+    load_checkpoint,
     load_weights,
     parse_config,
     parse_tensors,
@@ -45,11 +47,12 @@ from waveflow.files import atomic_path, lock, reason_of
 from waveflow.flow import Flow
 from waveflow.limits import DOCUMENT_BYTES
 from waveflow.models.registry import first_problem
+from waveflow.pretrained import model_folder
 from waveflow.training.config import MOST_STEPS, Recipe
 
 logger = logging.getLogger(__name__)
 
-RECIPE, RUN_RECORD, LOCK = "recipe.json", "run.json", ".lock"
+RECIPE, RUN_RECORD, TEACHER, LOCK = "recipe.json", "run.json", "teacher", ".lock"
 TRAINING, STATE = "training.safetensors", "state.json"
 # What AdamW keeps of each parameter.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -101,6 +104,14 @@ class Saved(NamedTuple):
     training: dict[str, Tensor]
 
 
+class Teacher(NamedTuple):
+    """A trained model that another one learns from: its folder, and what was in it."""
+
+    folder: Path
+    config: ModelConfig
+    flow: Flow
+
+
 class RunFolder:
     """Writes and reads the folder of a run. Only rank 0 may write.
 
@@ -121,13 +132,47 @@ class RunFolder:
         """
         return lock(self.path / LOCK, f"the run {self.path}")
 
-    def start(self, device: torch.device, data: str, init: Path | None) -> None:
-        """Makes the folder with its recipe and the record of the run.
+    def load_teacher(self, goes_on: bool, device: torch.device) -> "Teacher | None":
+        """The model that the recipe names as its teacher, in evaluation mode, its weights frozen.
+
+        Args:
+            goes_on: whether the run has begun; it then has a copy of its own.
+            device: of the training.
+
+        Raises:
+            CheckpointError: the model is missing or damaged.
+            ConfigError: its mel settings are not the recipe's.
+        """
+        name = self.recipe.train.teacher
+        if not name:
+            return None
+        try:
+            folder = self.path / TEACHER if goes_on else model_folder(name)
+            config, flow = load_checkpoint(folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"the teacher of this run: {error}") from error
+        for field, own in self.recipe.mel.model_dump().items():
+            if (its := getattr(config.mel, field)) != own:
+                raise ConfigError(
+                    f"teacher {name} has other mel settings than the recipe: {field} {its}, "
+                    f"not {own}"
+                )
+        return Teacher(folder, config, flow.requires_grad_(False).to(device))
+
+    def start(
+        self,
+        device: torch.device,
+        data: str,
+        init: Path | None,
+        teacher: "Teacher | None" = None,
+    ) -> None:
+        """Makes the folder with its recipe, the record of the run and a copy of its teacher.
 
         Args:
             device: of the training.
             data: the data in words.
             init: folder of the weights that the run starts from.
+            teacher: see `load_teacher`.
 
         Raises:
             ConfigError: the folder holds a run or cannot be written.
@@ -137,8 +182,11 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _write_text(self.path / RECIPE, self.recipe.model_dump_json(indent=1) + "\n")
-            record = run_record(self.recipe, self.cache, device, data, init)
+            origin = None if teacher is None else teacher.folder
+            record = run_record(self.recipe, self.cache, device, data, init, origin)
             _write_text(self.path / RUN_RECORD, record)
+            if teacher is not None:
+                save_checkpoint(self.path / TEACHER, teacher.config, teacher.flow.state_dict())
         except OSError as error:
             reason = reason_of(error, self.path)
             raise ConfigError(f"cannot write the run {self.path}: {reason}") from error
@@ -377,7 +425,12 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def run_record(
-    recipe: Recipe, cache: TrainingCache, device: torch.device, data: str, init: Path | None
+    recipe: Recipe,
+    cache: TrainingCache,
+    device: torch.device,
+    data: str,
+    init: Path | None,
+    teacher: Path | None = None,
 ) -> str:
     """run.json: a record that lets a run be repeated.
 
@@ -391,7 +444,8 @@ def run_record(
         "command": sys.argv,
         # By JSON, where an infinite number is a string.
         "recipe": json.loads(recipe.model_dump_json()),
-        "init": None if init is None else _initial_weights(init),
+        "init": None if init is None else _origin(init),
+        "teacher": None if teacher is None else _origin(teacher),
         "data": {
             "description": data,
             "folder": str(cache.folder.resolve()),
@@ -410,7 +464,7 @@ def _packages() -> dict[str, str]:
     return dict(sorted((m["Name"], m["Version"]) for m in metadata if m["Name"]))
 
 
-def _initial_weights(folder: Path) -> dict[str, str]:
+def _origin(folder: Path) -> dict[str, str]:
     """The folder and the hash of its manifest, which holds the hashes of all its files."""
     manifest = folder / MANIFEST
     return {

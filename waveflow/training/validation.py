@@ -14,9 +14,12 @@ from waveflow.bijections import Inverse
 from waveflow.bijections.base import Bijection
 from waveflow.data.cache import TrainingCache, given_or_computed
 from waveflow.flow import Flow
+from waveflow.objective import Score
 from waveflow.training.distributed import all_sum, in_any, rank, world_size
 
 N_MOMENTS = 4
+
+ScoreOf = Callable[[Any, Tensor, Tensor], Score]
 
 
 class LatentStatistics(NamedTuple):
@@ -36,21 +39,23 @@ class Validation(NamedTuple):
     """The result of a validation. Likelihoods are in nats per audio sample.
 
     Attributes:
-        log_likelihood: mean over all validation audio.
+        measure: the name of what is measured, `Flow.measure`.
+        log_likelihood: its mean over all validation audio.
         interval: half the width of its 95 % confidence interval for other clips of the same kind;
             None with one clip. It does not tell two models apart: on the same clips their
             difference is known far better.
         draw_log_likelihood: of a draw at sigma 1 for each clip. It equals `log_likelihood` if
             draws have the distribution of speech.
-        latent: statistics of the z of speech.
+        latent: statistics of the z of speech; None where a phase's score is measured.
         log_dets: by step, its part of the log-likelihood of speech, nats per audio sample.
         speech, example: the first clip and its draw, (T,).
     """
 
+    measure: str
     log_likelihood: float
     interval: float | None
     draw_log_likelihood: float
-    latent: LatentStatistics
+    latent: LatentStatistics | None
     log_dets: dict[str, float]
     speech: Tensor
     example: Tensor
@@ -67,12 +72,13 @@ def validate(
     device: torch.device,
     report: Callable[[int, int], None] = lambda done, total: None,
     stop: Callable[[], bool] = lambda: False,
+    score: ScoreOf | None = None,
 ) -> Validation:
     """log p of every validation clip, dequantised with a fixed seed, and of a draw at sigma 1.
 
     The arguments are those of `score_clips`.
     """
-    scores, speech, draw = score_clips(flow, cache, spectrogram, device, report, stop)
+    scores, speech, draw = score_clips(flow, cache, spectrogram, device, report, stop, score)
     return summarise(scores, flow, speech, draw)
 
 
@@ -84,17 +90,20 @@ def score_clips(
     device: torch.device,
     report: Callable[[int, int], None] = lambda done, total: None,
     stop: Callable[[], bool] = lambda: False,
+    score: ScoreOf | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sums that make up a validation, (clips, columns) float64, on the CPU.
 
     The columns are audio samples, log p of speech, log p of the draw, the power sums of z and
-    the log-determinant of every step. Each process fills the rows of its own clips and leaves
+    the log-determinant of every step. With a `score` its value stands for log p of speech, and
+    the draw's log p is the last column. Each process fills the rows of its own clips and leaves
     zeros in the others. So the sum of the tables is exactly the table of one process.
 
     Args:
         spectrogram: makes the mel of audio, for a cache without mels.
         report: called with the clips done and those in all, before each clip.
         stop: asked before each clip, in all processes.
+        score: what is measured instead of log p (`Phase.score`).
 
     Returns:
         The table of all processes, then the first clip (T,) and its draw (T,), in rank 0.
@@ -103,7 +112,7 @@ def score_clips(
         ValidationStopped: `stop` returned True in one process; it is raised in all.
     """
     steps = learned_steps(flow.bijection)
-    shape = len(cache.clips("val")), 3 + N_MOMENTS + len(steps)
+    shape = len(cache.clips("val")), 3 if score else 3 + N_MOMENTS + len(steps)
     scores = torch.zeros(shape, dtype=torch.float64)
     example = torch.zeros(2, 0)
     for index, (clip, samples, given) in enumerate(cache.val_clips()):
@@ -115,34 +124,48 @@ def score_clips(
             continue
         length = clip.frames * cache.hop_length
         audio = dequantise(samples, index)[:length].to(device)
-        mel = given_or_computed(given, audio, spectrogram)[:, : clip.frames]
-        cond = flow.condition(mel[None]).crop(length // flow.channels)
-        with record_step_log_dets(steps) as log_dets:
-            log_prob, z = flow.log_prob(audio[None], cond)
-        draw, _ = flow.bijection.inverse(flow.noise(clip.frames, [0]).to(device), cond)
-        draw_log_prob = flow.log_prob(draw[:, 0], cond)[0]
-        terms = [log_prob * length, draw_log_prob * length, *(log_dets[name] for name in steps)]
-        values = torch.cat(terms).double().cpu()
+        mel = given_or_computed(given, audio, spectrogram)[None, :, : clip.frames]
+        noise = flow.noise(clip.frames, [0]).to(device)
         scores[index, 0] = length
-        scores[index, 1:3] = values[:2]
-        scores[index, 3 : 3 + N_MOMENTS] = power_sums(z).cpu()
-        scores[index, 3 + N_MOMENTS :] = values[2:]
+        if score is not None:
+            value, draw_log_prob, draw = score(flow, mel, noise)
+            scores[index, 1:] = torch.cat([value, draw_log_prob]) * length
+        else:
+            scores[index, 1:], draw = _likelihoods(flow, steps, audio[None], mel, noise)
         if index == 0:
-            example = torch.stack([audio, draw[0, 0]]).cpu()
+            example = torch.stack([audio, draw[0]]).cpu()
     return all_sum(scores), example[0], example[1]
+
+
+def _likelihoods(
+    flow: Flow, steps: dict[str, Bijection], audio: Tensor, mel: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The columns of a clip (1, T) after the first, float64, and its draw (1, T)."""
+    length = audio.shape[1]
+    cond = flow.condition(mel).crop(length // flow.channels)
+    with record_step_log_dets(steps) as log_dets:
+        log_prob, z = flow.log_prob(audio, cond)
+    draw, _ = flow.bijection.inverse(noise, cond)
+    draw_log_prob = flow.log_prob(draw[:, 0], cond)[0]
+    log_probs = torch.cat([log_prob, draw_log_prob]).double() * length
+    parts = [log_dets[name].double() for name in steps]
+    return torch.cat([log_probs, power_sums(z), *parts]), draw[:, 0]
 
 
 def summarise(scores: Tensor, flow: Flow, speech: Tensor, draw: Tensor) -> Validation:
     """The Validation of a table of `score_clips` for all clips, and of an example (T,) twice."""
     n_samples = scores[:, 0].sum().item()
-    totals = scores.sum(0)
-    means = (totals / n_samples).tolist()
+    sums = scores.sum(0)
+    means = (sums / n_samples).tolist()
+    moments, log_dets = sums[3 : 3 + N_MOMENTS], means[3 + N_MOMENTS :]
+    steps = learned_steps(flow.bijection) if len(moments) else []
     return Validation(
+        measure=flow.measure,
         log_likelihood=means[1],
         interval=ratio_interval(scores[:, 1], scores[:, 0]),
         draw_log_likelihood=means[2],
-        latent=latent_statistics(totals[3 : 3 + N_MOMENTS], n_samples),
-        log_dets=dict(zip(learned_steps(flow.bijection), means[3 + N_MOMENTS :], strict=True)),
+        latent=latent_statistics(moments, n_samples) if len(moments) else None,
+        log_dets=dict(zip(steps, log_dets, strict=True)),
         speech=speech,
         example=draw,
     )
