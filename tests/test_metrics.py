@@ -190,6 +190,7 @@ class NoiseVocoder:
     mel_config = CONFIG
     sample_rate = RATE
     refine_steps = 3
+    is_bound = False
 
     def __init__(self) -> None:
         self.refinement = MelRefinement(CONFIG)

@@ -11,6 +11,7 @@ from waveflow.bijections.base import Bijection, Condition, zero_padding
 from waveflow.context import Context, context_of
 from waveflow.distributions import draw_noise, standard_normal_log_prob
 from waveflow.errors import ConfigError
+from waveflow.model_files import LOG_LIKELIHOOD, LOWER_BOUND
 from waveflow.objective import Batch, Phase
 
 # Carried by a stream from a window to the next: None, a tensor with the batch first, or a tuple of
@@ -78,10 +79,13 @@ class Flow(nn.Module):
         bijection: its first step squeezes audio (B, 1, T) to (B, channels, T / channels).
         conditioner: makes the condition, at the resolution after the squeeze, F hop_length /
             channels positions; None for a density of audio alone.
-        channels: C of the squeezed signal and of z.
+        channels: C of the squeezed signal.
         hop_length: audio samples for each mel frame, a multiple of `channels`; by default equal.
+        latent_channels: C of z, where the bijection adds latents (`Augment`); by default equal
+            to `channels`.
 
     Attributes:
+        is_bound: whether its likelihoods are lower bounds, as those of a VAE are.
         measure: the name of what validation measures, in logs and in `waveflow info`. It has the
             unit of a likelihood and higher is better; another one comes from `Phase.score`.
 
@@ -95,7 +99,7 @@ class Flow(nn.Module):
         (torch.Size([100]), torch.Size([7, 2]))
     """
 
-    measure: ClassVar[str] = "log-likelihood"
+    is_bound: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -103,6 +107,7 @@ class Flow(nn.Module):
         conditioner: Conditioner | None = None,
         channels: int = 1,
         hop_length: int | None = None,
+        latent_channels: int | None = None,
     ) -> None:
         super().__init__()
         hop_length = channels if hop_length is None else hop_length
@@ -114,7 +119,12 @@ class Flow(nn.Module):
         self.bijection = bijection
         self.conditioner = conditioner or Unconditional(hop_length // channels)
         self.channels = channels
+        self.latent_channels = channels if latent_channels is None else latent_channels
         self.hop_length = hop_length
+
+    @property
+    def measure(self) -> str:
+        return LOWER_BOUND if self.is_bound else LOG_LIKELIHOOD
 
     @property
     def context(self) -> Context:
@@ -204,7 +214,7 @@ class Flow(nn.Module):
         lengths: Tensor | None = None,
         state: State = None,
     ) -> Tensor:
-        """Noise (B, C, L) to audio (B, C L), the exact inverse of `encode`.
+        """Noise (B, C, L) to audio (B, channels L), the exact inverse of `encode`.
 
         `lengths` (B,) in frames; `state` (`carry`) belongs to a window that does not begin with
         its utterance.
@@ -246,8 +256,9 @@ class Flow(nn.Module):
 
         An item gets the same noise in any batch and in any pieces.
         """
-        samples = draw_noise(n_frames, self.hop_length, seeds, first_frame)
-        return samples.reshape(len(seeds), -1, self.channels).transpose(1, 2)
+        per_frame = self.hop_length // self.channels * self.latent_channels
+        values = draw_noise(n_frames, per_frame, seeds, first_frame)
+        return values.reshape(len(seeds), -1, self.latent_channels).transpose(1, 2)
 
     def phases(self, settings: Any, teacher: "Flow | None" = None) -> list[Phase]:
         """First phases of a training, before the one that trains the whole flow; none by default.

@@ -46,6 +46,10 @@ class SynthesisConfig(BaseModel):
     refine_momentum: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
+# What validation measures of speech and of draws alike (`Flow.measure`).
+LIKELIHOODS = LOG_LIKELIHOOD, LOWER_BOUND = "log-likelihood", "lower bound"
+
+
 class Provenance(BaseModel):
     """Origin of the weights.
 
@@ -68,7 +72,7 @@ class Provenance(BaseModel):
     steps: int = Field(default=0, ge=0)
     minutes: float = Field(default=0.0, ge=0)
     phase: str = ""
-    measure: str = "log-likelihood"
+    measure: str = LOG_LIKELIHOOD
     log_likelihood: float | None = None
     draw_log_likelihood: float | None = None
     mel_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None

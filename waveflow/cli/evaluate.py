@@ -55,6 +55,7 @@ def evaluate(
     from waveflow.engine.vocoder import VocoderWarning
     from waveflow.metrics.copies import measure_clips
     from waveflow.metrics.evaluation import CLIPS, summarise
+    from waveflow.model_files import LOG_LIKELIHOOD, LOWER_BOUND
 
     with counting("clips", group) as progress, warnings.catch_warnings():
         # One line for each clipped copy would drown the table.
@@ -66,15 +67,16 @@ def evaluate(
     if shares is None:
         return
     clips = CLIPS.validate_python(merge(shares))
-    result = summarise(clips, vocoder.sample_rate, sampling.seed, sampling.sigma)
+    rate, is_bound = vocoder.sample_rate, vocoder.is_bound
+    result = summarise(clips, rate, sampling.seed, sampling.sigma, is_bound)
     if json_file is not None:
         with output_path(json_file) as temporary:
             temporary.write_text(result.to_json() + "\n")
     show(f"{result.n_clips} clips, {result.seconds:.0f} s")
     show_table(result.table(), n_left=1)
     show(
-        f"log-likelihood, nats per sample: speech {result.log_prob_speech:.4f}, "
-        f"own draws {result.log_prob_draw:.4f}"
+        f"{LOWER_BOUND if result.is_bound else LOG_LIKELIHOOD}, nats per sample: "
+        f"speech {result.log_prob_speech:.4f}, own draws {result.log_prob_draw:.4f}"
     )
     if result.draw_correlation is not None:
         show(f"correlation of two draws: {result.draw_correlation:.3f}")

@@ -8,6 +8,7 @@ import typer
 
 from waveflow.cli import options
 from waveflow.cli.console import note, show, show_table
+from waveflow.model_files import LIKELIHOODS, LOG_LIKELIHOOD
 
 if TYPE_CHECKING:
     from waveflow.audio.mel_config import MelConfig
@@ -127,7 +128,7 @@ def _facts(card: "ModelCard") -> Iterator[tuple[str, str]]:
         "training",
         f"{source.steps:,} steps, {source.minutes:.0f} minutes{stopped if source.phase else ''}",
     )
-    draws = "" if source.measure == "log-likelihood" else "log-likelihood "
+    draws = "" if source.measure in LIKELIHOODS else f"{LOG_LIKELIHOOD} "
     yield (
         source.measure,
         f"{_number(source.log_likelihood)} on validation speech, "
@@ -151,7 +152,7 @@ def _number(value: float | None) -> str:
 
 def _measured(source: "Provenance") -> str:
     """The likelihood, or what was measured instead by its name."""
-    name = "" if source.measure == "log-likelihood" else f" ({source.measure})"
+    name = "" if source.measure == LOG_LIKELIHOOD else f" ({source.measure})"
     return _number(source.log_likelihood) + name
 
 

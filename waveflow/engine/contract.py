@@ -33,22 +33,21 @@ def each_item(
     lengths: Tensor | None,
     state: State,
 ) -> Tensor:
-    """A batch item by item, each at its own length, zeros beyond: audio (B, C L).
+    """A batch item by item, each at its own length, zeros beyond: audio (B, F hop).
 
     For decoders that gain nothing from a batch. Without padding they need no masks.
 
     Args:
-        decode: z (1, C, l), mel (1, M, f) and the item's state to audio (1, C l).
+        decode: z (1, C, l), mel (1, M, f) and the item's state to audio (1, f hop).
         hop_length: audio samples for each frame.
         z, mel, lengths, state: a decoder's arguments.
     """
-    audio = torch.zeros(z.shape[0], z.shape[1] * z.shape[2], dtype=torch.float32)
+    audio = torch.zeros(len(z), mel.shape[2] * hop_length, dtype=torch.float32)
     frames = [mel.shape[2]] * len(mel) if lengths is None else lengths.tolist()
     for i, n_frames in enumerate(frames):
         item = slice(i, i + 1)
-        n_samples = n_frames * hop_length
         made = decode(
-            z[item, :, : n_samples // z.shape[1]],
+            z[item, :, : z.shape[2] * n_frames // mel.shape[2]],
             mel[item, :, :n_frames],
             select_items(state, item),
         )

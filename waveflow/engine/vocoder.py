@@ -106,6 +106,11 @@ class Vocoder:
         return next(self.flow.parameters()).device
 
     @property
+    def is_bound(self) -> bool:
+        """Whether its likelihoods are lower bounds (`Flow.is_bound`)."""
+        return self.flow.is_bound
+
+    @property
     def decoder(self) -> Decoder:
         """Noise and mel to audio, for every synthesis. Made anew when weights change."""
         version = WeightsVersion(self.flow)
@@ -346,6 +351,7 @@ class Vocoder:
     def log_prob(self, audio: Tensor | np.ndarray, mel: Tensor | np.ndarray) -> Tensor:
         """The density at `audio`, (B,), in nats per audio sample; higher is better.
 
+        Where `is_bound` holds (a VAE) it is an estimate of a lower bound.
         Uses the first floor(T / hop_length) hops of the audio and as many frames. To compare
         16-bit recordings, dequantise them first (`waveflow.audio.dequantise`).
         """
@@ -365,8 +371,8 @@ class Vocoder:
         It undoes `encode` as exactly as the vocoder's precision allows.
         """
         batch, _ = checked_mel(mel, self.mel_config.n_mels, self.device)
-        channels = self.flow.channels
-        expected = (len(batch), channels, batch.shape[2] * self.hop_length // channels)
+        n_positions = batch.shape[2] * self.hop_length // self.flow.channels
+        expected = (len(batch), self.flow.latent_channels, n_positions)
         if tuple(z.shape) != expected:
             raise MelMismatchError(f"z is {tuple(z.shape)}; this mel needs {expected}")
         # Decoders run in inference mode, and training cannot use a tensor of it.

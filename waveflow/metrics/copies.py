@@ -43,6 +43,9 @@ class CopySynthesis(Protocol):
     refine_steps: int
     refinement: MelRefinement
 
+    @property
+    def is_bound(self) -> bool: ...
+
     def resynth(self, audio: Tensor, /, options: SynthesisOptions) -> Tensor: ...
 
     def draw(self, mel: Tensor, /, options: SynthesisOptions) -> Tensor: ...
@@ -75,7 +78,8 @@ def evaluate(
         ConfigError: the options are wrong.
     """
     clips = measure_clips(vocoder, list(files), options, progress)
-    return summarise(clips, vocoder.sample_rate, _seed(options), options.sigma)
+    rate, is_bound = vocoder.sample_rate, vocoder.is_bound
+    return summarise(clips, rate, _seed(options), options.sigma, is_bound)
 
 
 def measure_clips(

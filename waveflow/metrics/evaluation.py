@@ -122,6 +122,7 @@ class Evaluation(_Result):
         log_prob_speech: mean log-likelihood of the dequantised recordings, nats per audio sample.
         log_prob_draw: the same for the model's own draws, not refined, under the same mels. If it
             is far above `log_prob_speech`, draws are no samples of the density.
+        is_bound: whether both are lower bounds (`Flow.is_bound`).
         draw_correlation: Pearson correlation of two draws of one mel; near 1, noise is ignored.
         missing: columns left out because a package is not installed.
         bad_files: files left out.
@@ -134,6 +135,7 @@ class Evaluation(_Result):
     rows: tuple[Row, ...]
     log_prob_speech: float
     log_prob_draw: float
+    is_bound: bool
     draw_correlation: float | None
     missing: tuple[str, ...]
     bad_files: tuple[BadFile, ...]
@@ -153,7 +155,11 @@ class Evaluation(_Result):
 
 
 def summarise(
-    results: Sequence[Clip | BadFile], sample_rate: int, seed: int, sigma: float | None
+    results: Sequence[Clip | BadFile],
+    sample_rate: int,
+    seed: int,
+    sigma: float | None,
+    is_bound: bool,
 ) -> Evaluation:
     """Averages over clips: the second half of `evaluate`.
 
@@ -161,6 +167,7 @@ def summarise(
         results: results of `measure_clips` for all files.
         sample_rate: sample rate of the model, in Hz.
         seed, sigma: options that `measure_clips` had.
+        is_bound: of the model's flow.
 
     Raises:
         AudioError: no file could be read.
@@ -187,6 +194,7 @@ def summarise(
         rows=tuple(rows),
         log_prob_speech=float(log_prob_speech),
         log_prob_draw=float(log_prob_draw),
+        is_bound=is_bound,
         draw_correlation=_nan_mean(clip.draw_correlation for clip in clips),
         missing=tuple(column for column in COLUMNS if column not in measured),
         bad_files=bad_files,

@@ -40,7 +40,9 @@ class ParallelWaveNetConfig(FlowConfig):
 class Student(Flow):
     """Inverse autoregressive flows: one pass for a draw, a pass for each sample for a density."""
 
-    measure = "negative KL"
+    @property
+    def measure(self) -> str:
+        return "negative KL"
 
     def phases(self, settings: Any, teacher: Flow | None = None) -> list[Phase]:
         if teacher is None:

@@ -14,6 +14,7 @@ from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.data.cache import file_sha256
 from waveflow.door import check_plain
 from waveflow.errors import ConfigError
+from waveflow.model_files import LIKELIHOODS, LOG_LIKELIHOOD
 from waveflow.training.run_folder import RECIPE, RUN_RECORD
 from waveflow.training.validation import Validation
 
@@ -94,11 +95,11 @@ class MetricsLog:
 
     def add_validation(self, step: int, minutes: float, result: Validation) -> None:
         """Appends rows of its figures; gives its example to the boards."""
-        name = result.measure.replace("-", "_").replace(" ", "_")
-        values = {name: result.log_likelihood}
+        of_draws = result.measure if result.measure in LIKELIHOODS else LOG_LIKELIHOOD
+        values = {_key(result.measure): result.log_likelihood}
         if result.interval is not None:
             values["interval"] = result.interval
-        values["draw_log_likelihood"] = result.draw_log_likelihood
+        values[f"draw_{_key(of_draws)}"] = result.draw_log_likelihood
         self.add("validation", step, minutes, values)
         if result.latent is not None:
             self.add("z", step, minutes, result.latent._asdict())
@@ -186,3 +187,8 @@ class _WandbBoard:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _key(measure: str) -> str:
+    """The name of a measure in metrics.csv."""
+    return measure.replace("-", "_").replace(" ", "_")

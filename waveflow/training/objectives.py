@@ -163,7 +163,7 @@ class FlowLoss:
     def _noise(self, batch: Batch) -> Tensor:
         """z ~ N(0, 1) of two draws for each item, (2 B, C, L)."""
         n_positions = batch.audio.shape[1] // self.flow.channels
-        shape = 2, batch.share.total, n_positions, self.flow.channels
+        shape = 2, batch.share.total, n_positions, self.flow.latent_channels
         noise = torch.randn(shape, device=batch.audio.device)
         return batch.share.of(noise, axis=1).flatten(0, 1).transpose(1, 2)
 

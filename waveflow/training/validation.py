@@ -155,6 +155,7 @@ def _likelihoods(
 def summarise(scores: Tensor, flow: Flow, speech: Tensor, draw: Tensor) -> Validation:
     """The Validation of a table of `score_clips` for all clips, and of an example (T,) twice."""
     n_samples = scores[:, 0].sum().item()
+    n_values = n_samples * flow.latent_channels / flow.channels
     sums = scores.sum(0)
     means = (sums / n_samples).tolist()
     moments, log_dets = sums[3 : 3 + N_MOMENTS], means[3 + N_MOMENTS :]
@@ -164,7 +165,7 @@ def summarise(scores: Tensor, flow: Flow, speech: Tensor, draw: Tensor) -> Valid
         log_likelihood=means[1],
         interval=ratio_interval(scores[:, 1], scores[:, 0]),
         draw_log_likelihood=means[2],
-        latent=latent_statistics(moments, n_samples) if len(moments) else None,
+        latent=latent_statistics(moments, n_values) if len(moments) else None,
         log_dets=dict(zip(steps, log_dets, strict=True)),
         speech=speech,
         example=draw,

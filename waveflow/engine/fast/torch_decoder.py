@@ -70,8 +70,8 @@ class TorchDecoder:
         lengths: Tensor | None = None,
         state: State = None,
     ) -> Tensor:
-        """Noise z (B, C, L) and mel (B, M, F) to audio (B, C L), as `Flow.decode`."""
-        n_samples = z.shape[1] * z.shape[2]
+        """Noise z (B, C, L) and mel (B, M, F) to audio (B, channels L), as `Flow.decode`."""
+        n_samples = self._flow.channels * z.shape[2]
         if self._compiled:
             if self._device.type == "cuda":
                 z, mel, lengths = _padded(z, mel, lengths)
