@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -137,6 +137,10 @@ def _model(config: FlowConfig, hop_length: int = 8) -> Bijection:
     return build_flow(config, mel).bijection
 
 
+def _vae() -> Any:
+    return _model(SMALL["vae"][0])
+
+
 CASES: dict[str, Case] = {
     "squeeze": Case(lambda: Squeeze(4), (2, 24), 6, (4, 1)),
     "lapped": Case(lambda: LappedSqueeze(4), (1, 24), 6, (4, 1)),
@@ -224,7 +228,11 @@ CASES: dict[str, Case] = {
     **{
         name: Case(lambda c=config: _model(c), (1, 16), 16 // n, (8 // n, 8 // n))
         for name, (config, n) in SMALL.items()
+        if name != "vae"
     },
+    # A VAE draws its latents y; its maps of y and of (x, y) are bijections.
+    "vae_posterior": Case(lambda: _vae()[1].posterior, (2, 4), 4, (3, 1)),
+    "vae_joint": Case(lambda: _vae()[2:], (6, 4), 4, (3, 1)),
 }
 # What is a fixed map: no weights, and nothing of the condition but its mask enters.
 FIXED = {"squeeze", "lapped", "lapped_quadrature", "permute", "reverse", "inverse_squeeze"}

@@ -75,6 +75,22 @@ class AllActive:
         return "AllActive()"
 
 
+class ActiveFirst:
+    """The first `n` channels are active, the others passive."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, self.n :], x[:, : self.n]
+
+    def merge(self, passive: Tensor, active: Tensor) -> Tensor:
+        return torch.cat([active, passive], 1)
+
+    def __repr__(self) -> str:
+        return f"ActiveFirst({self.n})"
+
+
 class Coupling(Bijection):
     """active -> map(active; network(passive, cond)), passive stays.
 

@@ -194,9 +194,9 @@ def _row(job: "Job", title: str) -> "tuple[Row, bool]":
 
     file = job.out / RESULT_FILE
     with suppress(OSError, ValueError):
-        result = Result.model_validate_json(file.read_bytes())
-        if result.key == job.key():
-            return Row(job.name, result), False
+        known = Result.model_validate_json(file.read_bytes())
+        if known.key == job.key():
+            return Row(job.name, known), False
     result, failure, is_fault = _in_own_process(job, title)
     if result is not None:
         with atomic_path(file) as temporary:

@@ -8,7 +8,6 @@ import typer
 
 from waveflow.cli import options
 from waveflow.cli.console import note, show, show_table
-from waveflow.model_files import LIKELIHOODS, LOG_LIKELIHOOD
 
 if TYPE_CHECKING:
     from waveflow.audio.mel_config import MelConfig
@@ -118,6 +117,8 @@ def _show_models(verify: bool) -> None:
 
 
 def _facts(card: "ModelCard") -> Iterator[tuple[str, str]]:
+    from waveflow.model_files import LIKELIHOODS, LOG_LIKELIHOOD
+
     source, synthesis = card.provenance, card.synthesis
     yield "mel", _mel_words(card.mel)
     yield "synthesis", f"sigma {synthesis.sigma:g}, {synthesis.refine_steps} refinement steps"
@@ -152,6 +153,8 @@ def _number(value: float | None) -> str:
 
 def _measured(source: "Provenance") -> str:
     """The likelihood, or what was measured instead by its name."""
+    from waveflow.model_files import LOG_LIKELIHOOD
+
     name = "" if source.measure == LOG_LIKELIHOOD else f" ({source.measure})"
     return _number(source.log_likelihood) + name
 

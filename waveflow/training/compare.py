@@ -246,10 +246,10 @@ def linear_prediction(
     clips, n_samples = cache.clips("train"), 0
     correlation = np.zeros(order + 1)
     for clip in clips[:: max(1, len(clips) // 200)]:
-        audio = cache.audio(clip) / 32768
-        n_samples += len(audio)
-        for lag in range(min(order + 1, len(audio))):
-            correlation[lag] += audio[lag:] @ audio[: len(audio) - lag]
+        samples = cache.audio(clip) / 32768
+        n_samples += len(samples)
+        for lag in range(min(order + 1, len(samples))):
+            correlation[lag] += samples[lag:] @ samples[: len(samples) - lag]
     correlation /= n_samples
     correlation[0] += STEP_16_BIT**2 / 12  # of the noise that dequantises
     lags = np.abs(np.subtract.outer(range(order), range(order)))
@@ -257,7 +257,7 @@ def linear_prediction(
     variance = correlation[0] - weights @ correlation[1:]
     log_probs = []
     for audio, _ in held:
-        x = audio.double().numpy()
+        x = audio.double().cpu().numpy()
         error = np.convolve(x, [1, *-weights])[: len(x)]
         n_nats = error @ error / variance + len(x) * math.log(2 * math.pi * variance)
         log_probs.append(-0.5 * float(n_nats))

@@ -56,14 +56,14 @@ def figures(row: Row, first: Row) -> dict[str, Any]:
     result, reference = row.result, first.result
     values: dict[str, Any] = {"model": row.name, "status": row.failure or "done"}
     mean = None if result is None else estimate(result)
-    both = result is not None and reference is not None and row is not first
-    difference = estimate(result, reference) if both else None
-    kinds = [r is not None and r.is_bound for r in (result, reference)]
+    difference, kinds = None, (result is not None and result.is_bound, False)
+    if result is not None and reference is not None and row is not first:
+        difference, kinds = estimate(result, reference), (result.is_bound, reference.is_bound)
     values["bound"] = "lower" if kinds[0] else ""
     values["log_likelihood"], values["interval"] = mean or (None, None)
     # Of two lower bounds nothing is known of the difference.
     signs = {(True, False): "lower", (False, True): "upper", (True, True): "of bounds"}
-    values["difference_bound"] = signs.get(tuple(kinds), "") if difference else ""
+    values["difference_bound"] = signs.get(kinds, "") if difference else ""
     values["difference"], values["difference_interval"] = difference or (None, None)
     for name in (
         "draw_log_likelihood", "parameters", "macs_per_second", "samples_per_second",
