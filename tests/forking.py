@@ -81,11 +81,15 @@ def command(args: Sequence[str | Path]) -> int:
     return main([str(arg) for arg in args])
 
 
-def fork_group(n: int, action: Callable[[int], int], folder: Path) -> list[Forked]:
-    """A group of n processes, as torchrun describes it to them; `action` gets the rank."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def fork_group(n: int, action: Callable[[int], int], folder: Path) -> list[Forked]:
+    """A group of n processes, as torchrun describes it to them; `action` gets the rank."""
+    port = free_port()
 
     def member(rank: int) -> int:
         os.environ |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forking import command, fork_group
+from forking import command, fork_group, free_port
 from tiny_training import MEL, recipe, tensors_of, write_cache
 from torch import Tensor
 
@@ -153,10 +153,12 @@ def write_events(folder: str) -> list[str]:
     return events
 
 
-def member(rank: int, out: Path, many: Path, few: Path) -> int:
+def member(rank: int, out: Path, many: Path, few: Path, other_port: str) -> int:
     events = write_events(str(out))
     found = work(out, many, few)
-    # The command, which joins the processes by itself.
+    # The command, which joins the processes by itself: at another port, or one process might still
+    # reach the group that the other has left.
+    os.environ["MASTER_PORT"] = other_port
     found["status"] = command(
         ["train", out / "recipe.json", "--data", few, "--out", out / "command"]
     )
@@ -170,7 +172,8 @@ def main() -> None:
     import torch._dynamo  # noqa: F401 - the optimizers import it
 
     out, many, few = map(Path, sys.argv[1:])
-    job = fork_group(2, lambda rank: member(rank, out, many, few), out)
+    other_port = free_port()
+    job = fork_group(2, lambda rank: member(rank, out, many, few, other_port), out)
     _, status = os.wait()
     for process in job if status else ():
         process.kill(signal.SIGKILL)  # it would wait for the one that has failed

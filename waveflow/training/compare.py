@@ -183,7 +183,7 @@ def _scored(job: Job, cache: TrainingCache) -> Result:
         key=job.key(),
         n_samples=tuple(len(audio) for audio, _ in held),
         log_probs=tuple(log_probs),
-        is_bound=getattr(flow, "is_bound", False),
+        is_bound=flow.is_bound,
         parameters=count_parameters(flow),
         macs_per_second=macs_per_second(vocoder),
         draw_log_likelihood=flow(draws, mels).mean().item(),
