@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_training import MEL, RATE, write_cache
+from tiny_training import MEL, RATE, WAVEGLOW, write_cache
 
 from waveflow import pretrained
 from waveflow.cli import compare as verb
 from waveflow.cli.main import main
 from waveflow.data.cache import TrainingCache
+from waveflow.engine.cost import macs_per_second
 from waveflow.errors import DivergedError
 from waveflow.models.nice import NICEConfig
 from waveflow.models.registry import model_types
@@ -156,6 +157,7 @@ def test_bounds_are_marked(first: bool, other: bool, mark: str) -> None:
 def test_a_first_row_that_failed_leaves_the_others_without_difference() -> None:
     _, failed, good = text_table([Row("a", None, "it diverged"), row("b", [1.0, 2.0])])
     assert failed == ["a", "-", "-", "failed", *["-"] * 6]
+    assert good[1] == "7"
     assert good[3].startswith("0.015") and good[4] == "-"
 
 
@@ -215,6 +217,17 @@ def test_a_run_ends_at_its_goal_without_a_validation(cache: TrainingCache, tmp_p
         own = [vocoder.flow(a[None], m[None]).item() for a, m in held]
     found = np.array(result.log_probs) / np.array(result.n_samples)
     assert found == pytest.approx(own, rel=1e-5)
+
+
+def test_multiply_adds_of_a_network_with_weight_norm_are_counted(
+    cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "macs_per_second", macs_per_second)
+    work = job(cache, tmp_path / "run", Goal(steps=1))
+    work = work._replace(recipe=work.recipe.model_copy(update={"model": WAVEGLOW}))
+    result = measure(work)
+    assert result is not None and result.macs_per_second is not None
+    assert result.macs_per_second > result.parameters
 
 
 def test_a_run_stops_when_asked_and_goes_on(cache: TrainingCache, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def measure(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # torch's counter of operations does not work in inference mode
 def _scored(job: Job, cache: TrainingCache) -> Result:
     """What is measured of the trained model, by its newest checkpoint."""
     vocoder = load(resolve_run(job.out, "last"), device=job.device)
@@ -256,12 +256,12 @@ def linear_prediction(
     weights = np.linalg.solve(correlation[lags], correlation[1:]) if order else np.zeros(0)
     variance = correlation[0] - weights @ correlation[1:]
     log_probs = []
-    for audio, _ in held:
-        x = audio.double().cpu().numpy()
+    for piece, _ in held:
+        x = piece.double().cpu().numpy()
         error = np.convolve(x, [1, *-weights])[: len(x)]
         n_nats = error @ error / variance + len(x) * math.log(2 * math.pi * variance)
         log_probs.append(-0.5 * float(n_nats))
-    sizes = tuple(len(audio) for audio, _ in held)
+    sizes = tuple(len(piece) for piece, _ in held)
     return Result(name=name, n_samples=sizes, log_probs=tuple(log_probs), parameters=order + 1)
 
 

@@ -16,6 +16,13 @@ from waveflow.training.validation import ratio_interval
 
 # Values that the loop logs beside the terms of a loss.
 NO_TERMS = {"gradient_norm", "learning_rate", "waiting_share", "skipped"}
+# What is known of a difference of two likelihoods, by which of them are lower bounds.
+BOUNDS = {
+    (False, False): "",
+    (True, False): "lower",
+    (False, True): "upper",
+    (True, True): "of bounds",
+}
 # Points of a curve, each the mean of its share of the steps.
 CURVE_POINTS = 40
 
@@ -55,15 +62,15 @@ def figures(row: Row, first: Row) -> dict[str, Any]:
     """The figures of a row by name; None where there is none."""
     result, reference = row.result, first.result
     values: dict[str, Any] = {"model": row.name, "status": row.failure or "done"}
-    mean = None if result is None else estimate(result)
-    difference, kinds = None, (result is not None and result.is_bound, False)
-    if result is not None and reference is not None and row is not first:
-        difference, kinds = estimate(result, reference), (result.is_bound, reference.is_bound)
-    values["bound"] = "lower" if kinds[0] else ""
-    values["log_likelihood"], values["interval"] = mean or (None, None)
-    # Of two lower bounds nothing is known of the difference.
-    signs = {(True, False): "lower", (False, True): "upper", (True, True): "of bounds"}
-    values["difference_bound"] = signs.get(kinds, "") if difference else ""
+    own = difference = None
+    own_bound = difference_bound = ""
+    if result is not None:
+        own, own_bound = estimate(result), "lower" if result.is_bound else ""
+        if reference is not None and row is not first:
+            difference = estimate(result, reference)
+            difference_bound = BOUNDS[result.is_bound, reference.is_bound]
+    values["bound"], values["difference_bound"] = own_bound, difference_bound
+    values["log_likelihood"], values["interval"] = own or (None, None)
     values["difference"], values["difference_interval"] = difference or (None, None)
     for name in (
         "draw_log_likelihood", "parameters", "macs_per_second", "samples_per_second",
@@ -98,14 +105,14 @@ def _cells(values: dict[str, Any]) -> list[str]:
     draws = number("draw_log_likelihood", 1, ".3f")
     return [
         values["model"],
-        number("parameters", 1, ","),
+        number("parameters", 1, ",.0f"),
         number("macs_per_second", 1e9, ".3g", " G"),
         "failed" if values["status"] != "done" else likelihood,
         estimated("difference", "difference_interval", values["difference_bound"]),
         draws if draws == "-" else marks[values["bound"]] + draws,
         number("samples_per_second", 1, ",.0f"),
         number("audio_per_second", 1, ".3g"),
-        number("steps", 1, ","),
+        number("steps", 1, ",.0f"),
         number("peak_bytes", 1e6, ".0f"),
     ]
 
