@@ -117,13 +117,21 @@ def test_it_is_zero_where_student_equals_teacher() -> None:
         # Affine(bound=9): a log-scale of 9 tanh(o / 9).
         raw = torch.tensor([values[0], 9 * math.atanh(values[1] / 9)])
         step.network.leave.bias.data = raw
-    _, mel = speech(8)
-    z = torch.randn(2, 1, 8 * HOP, generator=torch.Generator().manual_seed(0))
+    distillation = Distillation(student, teacher, "float32")
+    audio, mel = speech(8)
+    torch.manual_seed(0)
+    z = torch.randn(2, 1, 8 * HOP)
     with torch.no_grad():
-        score = Distillation(student, teacher, "float32").score(student, mel, z)
+        score = distillation.score(student, mel, z)
         assert score.value.abs().max() < 1e-6
+        # Speech that is the draw leaves nothing of the loss either.
+        torch.manual_seed(0)
+        assert distillation(batch_of(score.draw, mel)).value < 1e-6
         torch.nn.init.constant_(student.bijection[0].bijection.network.leave.bias, 0.1)  # type: ignore[index]
-        assert (Distillation(student, teacher, "float32").score(student, mel, z).value < -0.1).all()
+        assert (distillation.score(student, mel, z).value < -0.1).all()
+        terms = distillation(batch_of(audio, mel)).terms
+        assert terms["scales"] == pytest.approx(4 * (log_scale - 0.1) ** 2, rel=1e-3)
+        assert terms["spectral"] > 1
 
 
 @torch.no_grad()
@@ -256,8 +264,13 @@ def test_the_divergence_falls_by_half(cache: TrainingCache, tmp_path: Path) -> N
 
 
 def test_a_run_keeps_its_teacher_and_resumes_without_the_first(
-    cache: TrainingCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cache: TrainingCache,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Neither a step nor a validation makes a density.
+    monkeypatch.setattr(CausalWaveNet, "steps", lambda *_: pytest.fail("sample by sample"))
     folder = save_teacher(tmp_path / "teacher")
     checksum = file_sha256(folder / "manifest.json")
     whole = Trainer(recipe(folder), cache, tmp_path / "whole", data="made up")
@@ -271,6 +284,9 @@ def test_a_run_keeps_its_teacher_and_resumes_without_the_first(
     resumed.run()
     assert_same(tensors_of(resumed), tensors_of(whole))
     assert resumed.best == whole.best == pytest.approx(max(scores(run)), rel=1e-5)
+    teacher = resumed.folder.load_teacher(True, resumed.device)
+    assert teacher is not None and not teacher.flow.training
+    assert not any(p.requires_grad for p in teacher.flow.parameters())
     # The model needs no teacher.
     shutil.rmtree(run / TEACHER)
     vocoder = waveflow.load(run)
@@ -309,9 +325,23 @@ def test_a_teacher_of_another_kind_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_teacher_is_one_line(cache: TrainingCache, tmp_path: Path) -> None:
+def test_a_missing_teacher_is_one_line(
+    cache: TrainingCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(CheckpointError, match=r"teacher of this run: no model 'runs/none'"):
         Trainer(recipe("runs/none"), cache, tmp_path / "run")
     with pytest.raises(ConfigError, match="learns from a trained WaveNet: name it as the"):
         Trainer(recipe(""), cache, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    # The command line says so before it prepares the data.
+    (tmp_path / "recipe.json").write_text(recipe("runs/none").model_dump_json())
+    argv = [
+        "train",
+        str(tmp_path / "recipe.json"),
+        "--data",
+        "nowhere",
+        "-o",
+        str(tmp_path / "run"),
+    ]
+    assert main(argv) == 2
+    assert capsys.readouterr().err.startswith("waveflow: no model 'runs/none'")

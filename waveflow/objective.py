@@ -109,6 +109,10 @@ class Score(NamedTuple):
     draw: Tensor
 
 
+# Of a flow, mels (B, M, F) and noise (B, C, L).
+ScoreOf = Callable[[Any, Tensor, Tensor], Score]
+
+
 class Phase(NamedTuple):
     """Steps of a training that minimise one loss.
 
@@ -116,11 +120,10 @@ class Phase(NamedTuple):
         name: for messages.
         steps: how many; math.inf for all that follow.
         loss: of a batch. Parameters that it gives no gradient stay as they are.
-        score: of a flow, mels (B, M, F) and noise (B, C, L), if a phase without end is validated by
-            something else than the likelihood of speech.
+        score: what validation measures instead of the likelihood of speech; of a phase without end.
     """
 
     name: str
     steps: float
     loss: Callable[[Batch], Loss]
-    score: Callable[[Any, Tensor, Tensor], Score] | None = None
+    score: ScoreOf | None = None

@@ -88,13 +88,16 @@ def train(
         return found
 
     # Checked before the data are prepared, which takes long and would replace the run's cache.
-    if holds_run():
+    begun = holds_run()
+    if begun:
         init = None  # the run has begun from it
     start = None if init is None else model_folder(init)
 
     from waveflow.training.config import read_recipe
 
     settings = read_recipe(recipe)
+    if settings.train.teacher and not begun:
+        model_folder(settings.train.teacher)
     device = local_device(device)
     options.check_device(device)
 

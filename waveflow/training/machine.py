@@ -49,7 +49,7 @@ def choose_recompute(flow: Flow, recipe: Recipe, n_items: int, device: torch.dev
     config = recipe.train
     if config.recompute != "auto":
         return config.recompute
-    # The count below runs the flow, which takes minutes where the density is made sample by sample.
+    # The count below runs the flow, and some densities are made sample by sample.
     if not any(hasattr(module, "recompute") for module in flow.bijection.modules()):
         return False
     if config.energy_weight or config.calibration_weight:

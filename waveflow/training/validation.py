@@ -14,12 +14,10 @@ from waveflow.bijections import Inverse
 from waveflow.bijections.base import Bijection
 from waveflow.data.cache import TrainingCache, given_or_computed
 from waveflow.flow import Flow
-from waveflow.objective import Score
+from waveflow.objective import ScoreOf
 from waveflow.training.distributed import all_sum, in_any, rank, world_size
 
 N_MOMENTS = 4
-
-ScoreOf = Callable[[Any, Tensor, Tensor], Score]
 
 
 class LatentStatistics(NamedTuple):
