@@ -288,11 +288,12 @@ def test_the_phase_of_the_source_arrives() -> None:
     mel, z = speech_like_mel(N_MELS, 40)[None], flow.noise(40, seeds=[0])
     start = torch.tensor([0.3], dtype=torch.float64)
     with torch.inference_mode():
-        shifted = flow.decode(z, mel, None, start)
-    assert signal_to_noise_db(shifted, decode(z, mel, None, start)) > 25
+        shifted = flow.decode(z, mel, None, (start, None))
+    assert signal_to_noise_db(shifted, decode(z, mel, None, (start, None))) > 25
     assert signal_to_noise_db(shifted, decode(z, mel)) < 20
-    both = decode(z.repeat(2, 1, 1), mel.repeat(2, 1, 1), None, torch.cat([2 * start, start]))
-    alone = [decode(z, mel, None, phase) for phase in (2 * start, start)]
+    starts = (torch.cat([2 * start, start]), None)
+    both = decode(z.repeat(2, 1, 1), mel.repeat(2, 1, 1), None, starts)
+    alone = [decode(z, mel, None, (phase, None)) for phase in (2 * start, start)]
     assert torch.equal(both, torch.cat(alone))
 
 

@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -18,6 +16,7 @@ import pytest
 import soundfile
 import torch.distributed
 from conftest import make_voice
+from killed_worker import killed_by_clip1
 
 from waveflow.audio.io import read_channel
 from waveflow.audio.mel import MelConfig
@@ -32,14 +31,7 @@ from waveflow.data.cache import (
     MANIFEST_FILE,
     TrainingCache,
 )
-from waveflow.data.clips import (
-    ClipTask,
-    Refusal,
-    clipped_share,
-    read_result,
-    refuse,
-    silent_share,
-)
+from waveflow.data.clips import ClipTask, clipped_share, read_result, silent_share
 from waveflow.data.corpus import val_ids
 from waveflow.data.prepare import prepare
 from waveflow.data.report import PrepareReport
@@ -269,21 +261,12 @@ def test_interrupted_prepare_goes_on(corpus, tmp_path, workers, reads):
         assert content(tmp_path / "once") == content(tmp_path / "cache")
 
 
-def killed_by_clip1(task: ClipTask) -> None:
-    """As a recording does whose samples take all memory."""
-    if task.path.name == "clip1.wav":
-        os.kill(os.getpid(), signal.SIGKILL)
-    refuse(task, Refusal(reason="silent", detail=task.path.name))
-
-
-def test_a_worker_that_is_killed_costs_its_recording_alone(corpus, tmp_path):
-    paths = sorted(corpus.glob("*.wav"))
+def test_a_worker_that_is_killed_costs_its_recording_alone(tmp_path):
+    paths = [tmp_path / f"clip{i}.wav" for i in range(6)]
     tasks = [ClipTask(path, path.stem, tmp_path, RATE, HOP, None) for path in paths]
-    assert len(list(prepare_module._map(killed_by_clip1, tasks, 2))) == N_CLIPS
+    assert len(list(prepare_module._map(killed_by_clip1, tasks, 2))) == 6
     refusals = [read_result(tmp_path, task.key) for task in tasks]
-    assert [refusal.reason for refusal in refusals] == [
-        "unreadable" if path.name == "clip1.wav" else "silent" for path in paths
-    ]
+    assert [refusal.reason for refusal in refusals] == ["silent", "unreadable", *["silent"] * 4]
     assert "clip1.wav: the process that read it was killed" in refusals[1].detail
 
 

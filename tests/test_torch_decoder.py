@@ -94,7 +94,7 @@ def test_float32_is_the_flow_itself(flow: Flow, n_frames: int, packed: bool) -> 
 def test_a_padded_batch_and_a_state(flow: Flow) -> None:
     z, mel = inputs(flow, 30, n_items=2)
     lengths = torch.tensor([30, 17])
-    state = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    state = (torch.tensor([0.25, 0.5], dtype=torch.float64), None)
     audio = TorchDecoder(flow)(z, mel, lengths, state)
     expected = flow.decode(z, mel, lengths, state)
     torch.testing.assert_close(audio, expected, rtol=0, atol=TOLERANCE)

@@ -11,7 +11,6 @@ from waveflow.bijections.base import Bijection, Condition, zero_padding
 from waveflow.context import Context, context_of
 from waveflow.distributions import draw_noise, standard_normal_log_prob
 from waveflow.errors import ConfigError
-from waveflow.model_files import LOG_LIKELIHOOD, LOWER_BOUND
 from waveflow.objective import Batch, Phase
 
 # Carried by a stream from a window to the next: None, a tensor with the batch first, or a tuple of
@@ -124,7 +123,7 @@ class Flow(nn.Module):
 
     @property
     def measure(self) -> str:
-        return LOWER_BOUND if self.is_bound else LOG_LIKELIHOOD
+        return "lower bound" if self.is_bound else "log-likelihood"
 
     @property
     def context(self) -> Context:

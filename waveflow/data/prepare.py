@@ -403,30 +403,31 @@ def _map(
     if workers == 1 or len(tasks) < 2:
         yield from map(work, tasks)
         return
-    waiting = list(reversed(tasks))
-    while waiting:
-        # Few at a time: when a worker is killed, for its memory or by hand, all that the pool had
-        # are suspects, and each gets a worker of its own.
-        suspects = set[ClipTask]()
+    waiting, suspects = tasks[::-1], list[ClipTask]()
+    while waiting or suspects:
+        # A worker that is killed, by hand or for its memory, ends its pool. All that the pool had
+        # are suspects, and go into the next pool one by one.
+        alone = bool(suspects)
+        source = suspects if alone else waiting
+        n_workers = 1 if alone else min(workers, len(waiting))
+        held: list[ClipTask] = []
         try:
-            with _pool(min(workers, len(waiting))) as pool:
+            with _pool(n_workers) as pool:
                 futures: dict[Future[None], ClipTask] = {}
-                while waiting or futures:
-                    while waiting and len(futures) < 2 * workers:
-                        task = waiting.pop()
-                        suspects.add(task)
-                        futures[pool.submit(work, task)] = task
+                while source or futures:
+                    while source and len(futures) < (1 if alone else 2 * n_workers):
+                        held.append(source.pop())
+                        futures[pool.submit(work, held[-1])] = held[-1]
                     for future in wait(futures, return_when=FIRST_COMPLETED).done:
                         future.result()
-                        suspects.discard(futures.pop(future))
+                        held.remove(futures.pop(future))
                         yield
         except BrokenProcessPool:
-            for task in suspects:
-                try:
-                    with _pool(1) as pool:
-                        pool.submit(work, task).result()
-                except BrokenProcessPool:
-                    refuse(task, Refusal(reason="unreadable", detail=f"{task.path}: {_KILLED}"))
+            if not alone:
+                suspects = held
+                continue
+            for task in held:
+                refuse(task, Refusal(reason="unreadable", detail=f"{task.path}: {_KILLED}"))
                 yield
 
 

@@ -13,11 +13,14 @@ from waveflow.audio.dequantise import dequantise
 from waveflow.bijections import Inverse
 from waveflow.bijections.base import Bijection
 from waveflow.data.cache import TrainingCache, given_or_computed
+from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.objective import ScoreOf
 from waveflow.training.distributed import all_sum, in_any, rank, world_size
 
 N_MOMENTS = 4
+# Of all clips together, where a flow draws sample by sample: half a minute for a WaveNet.
+SEQUENTIAL_SAMPLES = 2**14
 
 
 class LatentStatistics(NamedTuple):
@@ -42,11 +45,12 @@ class Validation(NamedTuple):
         interval: half the width of its 95 % confidence interval for other clips of the same kind;
             None with one clip. It does not tell two models apart: on the same clips their
             difference is known far better.
-        draw_log_likelihood: of a draw at sigma 1 for each clip. It equals `log_likelihood` if
-            draws have the distribution of speech.
+        draw_log_likelihood: of a draw at sigma 1 for each clip, or of its beginning where a flow
+            draws sample by sample. It equals `log_likelihood` if draws have the distribution of
+            speech.
         latent: statistics of the z of speech; None where a phase's score is measured.
         log_dets: by step, its part of the log-likelihood of speech, nats per audio sample.
-        speech, example: the first clip and its draw, (T,).
+        speech, example: the first clip (T,), and its draw or the beginning of it.
     """
 
     measure: str
@@ -104,7 +108,7 @@ def score_clips(
         score: what is measured instead of log p (`Phase.score`).
 
     Returns:
-        The table of all processes, then the first clip (T,) and its draw (T,), in rank 0.
+        The table of all processes, then the first clip (T,) and its draw, in rank 0.
 
     Raises:
         ValidationStopped: `stop` returned True in one process; it is raised in all.
@@ -112,7 +116,7 @@ def score_clips(
     steps = learned_steps(flow.bijection)
     shape = len(cache.clips("val")), 3 if score else 3 + N_MOMENTS + len(steps)
     scores = torch.zeros(shape, dtype=torch.float64)
-    example = torch.zeros(2, 0)
+    example = torch.zeros(0), torch.zeros(0)
     for index, (clip, samples, given) in enumerate(cache.val_clips()):
         if index % world_size() == 0:
             report(index, len(scores))
@@ -129,25 +133,44 @@ def score_clips(
             value, draw_log_prob, draw = score(flow, mel, noise)
             scores[index, 1:] = torch.cat([value, draw_log_prob]) * length
         else:
-            scores[index, 1:], draw = _likelihoods(flow, steps, audio[None], mel, noise)
+            n_clips = len(scores)
+            scores[index, 1:], draw = _likelihoods(flow, steps, audio[None], mel, noise, n_clips)
         if index == 0:
-            example = torch.stack([audio, draw[0]]).cpu()
-    return all_sum(scores), example[0], example[1]
+            example = audio.cpu(), draw[0].cpu()
+    return all_sum(scores), *example
 
 
 def _likelihoods(
-    flow: Flow, steps: dict[str, Bijection], audio: Tensor, mel: Tensor, noise: Tensor
+    flow: Flow,
+    steps: dict[str, Bijection],
+    audio: Tensor,
+    mel: Tensor,
+    noise: Tensor,
+    n_clips: int,
 ) -> tuple[Tensor, Tensor]:
-    """The columns of a clip (1, T) after the first, float64, and its draw (1, T)."""
+    """The columns of a clip (1, T) after the first, float64, and its draw (1, at most T)."""
     length = audio.shape[1]
     cond = flow.condition(mel).crop(length // flow.channels)
     with record_step_log_dets(steps) as log_dets:
         log_prob, z = flow.log_prob(audio, cond)
-    draw, _ = flow.bijection.inverse(noise, cond)
-    draw_log_prob = flow.log_prob(draw[:, 0], cond)[0]
+    n_drawn = _n_drawn(flow, noise.shape[2], n_clips)
+    draw, _ = flow.bijection.inverse(noise[:, :, :n_drawn], cond.crop(n_drawn))
+    draw_log_prob = flow.log_prob(draw[:, 0], cond.crop(n_drawn))[0]
     log_probs = torch.cat([log_prob, draw_log_prob]).double() * length
     parts = [log_dets[name].double() for name in steps]
     return torch.cat([log_probs, power_sums(z), *parts]), draw[:, 0]
+
+
+def _n_drawn(flow: Flow, n_positions: int, n_clips: int) -> int:
+    """Positions to draw of a clip: all, or the first ones of a flow that draws one by one."""
+    try:
+        if flow.bijection.inverse_context.left < math.inf:
+            return n_positions
+    except ConfigError:  # it declares none, and will not stream
+        return n_positions
+    per_frame = flow.hop_length // flow.channels
+    n_frames = max(1, SEQUENTIAL_SAMPLES // (n_clips * flow.hop_length))
+    return min(n_positions, n_frames * per_frame)
 
 
 def summarise(scores: Tensor, flow: Flow, speech: Tensor, draw: Tensor) -> Validation:
