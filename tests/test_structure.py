@@ -14,8 +14,9 @@ TREES = {
 LEVELS = [
     {"errors", "files", "limits", "door", "processes"},
     {"torchfile"},
-    {"audio", "bijections", "budget", "buffers", "context", "decoding", "distributions", "nn"},
-    {"flow", "model_files", "objective", "pretrained"},
+    {"audio", "bijections", "budget", "buffers", "context", "decoding", "distributions", "nn"}
+    | {"padding"},
+    {"conditioners", "flow", "model_files", "objective", "pretrained"},
     {"models"},
     {"checkpoint"},
     {"data", "engine", "foreign", "metrics", "training"},

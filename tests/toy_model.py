@@ -20,10 +20,10 @@ from waveflow.bijections import (
     Squeeze,
     SqueezeCondition,
 )
-from waveflow.bijections.base import zero_padding
 from waveflow.context import Context
 from waveflow.flow import Conditioner, Flow, State
 from waveflow.models.registry import FlowConfig, register
+from waveflow.padding import zero_padding
 
 
 class ToyConfig(FlowConfig):

@@ -23,6 +23,10 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from waveflow.context import Context
 
+# A causal network, one element after another (bijections/autoregressive.py): takes the last element
+# that is known, None at first, and returns the parameters of the next one.
+Steps = Callable[[Tensor | None], Tensor]
+
 
 class Kit(Protocol):
     """What a decoder offers to modules that make their stand-ins.

@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from waveflow.bijections.base import Bijection, Condition, zero_padding
+from waveflow.bijections.base import Bijection, Condition
 from waveflow.context import Context, context_of
 from waveflow.distributions import draw_noise, standard_normal_log_prob
 from waveflow.errors import ConfigError
 from waveflow.objective import Batch, Phase
+from waveflow.padding import zero_padding
 
 # Carried by a stream from a window to the next: None, a tensor with the batch first, or a tuple of
 # them. Only who made it looks inside: a conditioner, or for a flow's state the flow.

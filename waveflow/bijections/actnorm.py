@@ -4,14 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from waveflow.bijections.base import (
-    Bijection,
-    Condition,
-    check_channels,
-    sum_log_det,
-    zero_padding,
-)
+from waveflow.bijections.base import Bijection, Condition, check_channels, sum_log_det
 from waveflow.context import Context
+from waveflow.padding import zero_padding
 
 
 class ActNorm(Bijection):

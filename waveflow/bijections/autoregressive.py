@@ -1,7 +1,6 @@
 """Autoregressive: each element is mapped by parameters that earlier elements decide."""
 
 import math
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -10,9 +9,7 @@ from torch import Tensor, nn
 from waveflow.bijections.base import Bijection, Condition, check_channels, sum_log_det
 from waveflow.bijections.elementwise import ElementwiseMap
 from waveflow.context import Context, context_of
-
-# Takes the last element that is known (None at first) and returns the parameters of the next one.
-Steps = Callable[[Tensor | None], Tensor]
+from waveflow.decoding import Steps
 
 
 class CausalNetwork(Protocol):

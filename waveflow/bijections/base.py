@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from waveflow.context import Context, context_of
+from waveflow.padding import zero_padding
 
 
 class Condition(NamedTuple):
@@ -126,11 +127,6 @@ def sum_log_det(elementwise: Tensor, cond: Condition | None) -> Tensor:
     if cond is not None and cond.mask is not None:
         per_position = zero_padding(per_position, cond.mask[:, 0])
     return per_position.sum(1)
-
-
-def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Zeros where the mask is 0. Selected, not multiplied: padding may hold NaN."""
-    return x if mask is None else x.masked_fill(mask == 0, 0.0)
 
 
 def check_channels(bijection: nn.Module, x: Tensor, channels: int) -> None:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from waveflow.bijections.base import Bijection, Condition, sum_log_det, zero_padding
+from waveflow.bijections.base import Bijection, Condition, sum_log_det
 from waveflow.bijections.elementwise import ElementwiseMap
 from waveflow.context import Context, context_of
+from waveflow.padding import zero_padding
 
 
 class Split(Protocol):

@@ -18,9 +18,9 @@ from waveflow.bijections import (
     MapCond,
     Squeeze,
 )
+from waveflow.conditioners import MelEncoder
 from waveflow.flow import Flow
 from waveflow.models.registry import FlowConfig, register
-from waveflow.nn.mel_encoder import MelEncoder
 from waveflow.nn.wavenet import WaveNet
 
 

@@ -36,7 +36,7 @@ from waveflow.bijections import (
     LappedSqueeze,
     OnChannels,
 )
-from waveflow.bijections.base import full_precision, zero_padding
+from waveflow.bijections.base import full_precision
 from waveflow.context import Context, context_of, total_context
 from waveflow.decoding import IntegerKit
 from waveflow.errors import ConfigError
@@ -46,6 +46,7 @@ from waveflow.nn.frame import ConvNeXt, GatedStack
 from waveflow.nn.pitch import PitchHead
 from waveflow.nn.source import HarmonicSource
 from waveflow.objective import Batch, Loss, Phase
+from waveflow.padding import zero_padding
 
 # Rows of a block in integers: a second at 22,050 Hz and the rows that the networks lag behind.
 _INTEGER_ROWS = 96

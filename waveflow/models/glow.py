@@ -19,10 +19,10 @@ from waveflow.bijections import (
     MapCond,
     Squeeze,
 )
+from waveflow.conditioners import MelEncoder
 from waveflow.flow import Flow
 from waveflow.models.registry import FlowConfig, register
 from waveflow.nn.convnet import ConvNet
-from waveflow.nn.mel_encoder import MelEncoder
 
 
 class GlowConfig(FlowConfig):

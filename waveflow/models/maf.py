@@ -10,10 +10,10 @@ from pydantic import PositiveInt
 
 from waveflow.audio.mel import MelConfig
 from waveflow.bijections import Affine, Bijection, Chain, Inverse, OverChannels, Reverse, Squeeze
+from waveflow.conditioners import MelEncoder
 from waveflow.flow import Flow
 from waveflow.models.registry import FlowConfig, register
 from waveflow.nn.made import MADE
-from waveflow.nn.mel_encoder import MelEncoder
 
 
 class MAFConfig(FlowConfig):

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from waveflow.audio.mel import MelConfig
 from waveflow.bijections import Affine, Chain, Inverse, OverTime
+from waveflow.conditioners import MelEncoder
 from waveflow.distributions import gaussian_kl, standard_normal_log_prob
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.models.registry import FlowConfig, register
 from waveflow.nn.causal_wavenet import CausalWaveNet
-from waveflow.nn.mel_encoder import MelEncoder
 from waveflow.objective import Batch, Loss, Phase, Score
 
 

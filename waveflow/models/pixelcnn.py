@@ -6,9 +6,9 @@ from pydantic import Field, PositiveInt
 
 from waveflow.audio.mel import MelConfig
 from waveflow.bijections import Affine, OverTime
+from waveflow.conditioners import MelEncoder
 from waveflow.flow import Flow
 from waveflow.models.registry import FlowConfig, register
-from waveflow.nn.mel_encoder import MelEncoder
 from waveflow.nn.pixel_net import PixelNet
 
 

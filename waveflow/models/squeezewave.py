@@ -14,10 +14,10 @@ from waveflow.bijections import (
     InvertibleConv1x1,
     Squeeze,
 )
+from waveflow.conditioners import RepeatedMel
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.models.registry import FlowConfig, register
-from waveflow.models.waveglow import RepeatedMel
 from waveflow.nn.separable_wavenet import SeparableWaveNet
 
 

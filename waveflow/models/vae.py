@@ -21,12 +21,12 @@ from waveflow.bijections import (
     Reverse,
     Squeeze,
 )
+from waveflow.conditioners import MelEncoder
 from waveflow.distributions import standard_normal_log_prob
 from waveflow.flow import Flow
 from waveflow.models.registry import FlowConfig, register
 from waveflow.nn.convnet import ConvNet
 from waveflow.nn.made import MADE
-from waveflow.nn.mel_encoder import MelEncoder
 from waveflow.objective import Batch
 
 

@@ -6,9 +6,9 @@ from pydantic import PositiveInt
 
 from waveflow.audio.mel import MelConfig
 from waveflow.bijections import Affine, Bijection, Chain, OverChannels, Permute, Squeeze
+from waveflow.conditioners import MelEncoder
 from waveflow.flow import Flow
 from waveflow.models.registry import FlowConfig, register
-from waveflow.nn.mel_encoder import MelEncoder
 from waveflow.nn.row_net import RowNet
 
 # Dilations over the height by the number of rows (table 3).

@@ -18,9 +18,8 @@ from waveflow.bijections import (
     InvertibleConv1x1,
     Squeeze,
 )
-from waveflow.bijections.base import zero_padding
 from waveflow.bijections.squeeze import squeeze
-from waveflow.context import Context
+from waveflow.conditioners import RepeatedMel
 from waveflow.decoding import declaration
 from waveflow.errors import ConfigError
 from waveflow.flow import Conditioner, Flow, State
@@ -249,25 +248,3 @@ class UpsampledMel(Conditioner):
         assert convolution.bias is not None
         offset = convolution.bias.double().repeat_interleave(n)
         return weight.permute(3, 1, 4, 2, 0).flatten(3).flatten(1, 2), offset
-
-
-class RepeatedMel(Conditioner):
-    """Each mel frame held through its hop: M features, `times` positions for a frame."""
-
-    context = Context()
-
-    def __init__(self, n_mels: int, times: int) -> None:
-        super().__init__()
-        self.times = times
-        self.n_features = n_mels
-
-    def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
-        """Mel (B, M, F) and mask (B, 1, F) to a condition of F times positions."""
-        if mask is not None:
-            mel, mask = zero_padding(mel, mask), mask.repeat_interleave(self.times, 2)
-        return Condition(mel.repeat_interleave(self.times, 2), mask)
-
-    def affine_map(self) -> tuple[Tensor, Tensor]:
-        """As `UpsampledMel.affine_map`, of one frame."""
-        eye = torch.eye(self.n_features, dtype=torch.float64)
-        return eye.expand(self.times, -1, -1), eye.new_zeros(len(eye))

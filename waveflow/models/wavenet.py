@@ -6,10 +6,10 @@ from pydantic import PositiveInt
 
 from waveflow.audio.mel import MelConfig
 from waveflow.bijections import Affine, MixtureOfLogistics, OverTime
+from waveflow.conditioners import MelEncoder
 from waveflow.flow import Flow
 from waveflow.models.registry import FlowConfig, register
 from waveflow.nn.causal_wavenet import CausalWaveNet
-from waveflow.nn.mel_encoder import MelEncoder
 
 
 class WaveNetConfig(FlowConfig):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from waveflow.bijections.autoregressive import Steps
-from waveflow.bijections.base import zero_padding
 from waveflow.context import Context
+from waveflow.decoding import Steps
+from waveflow.padding import zero_padding
 
 
 class CausalWaveNet(nn.Module):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from waveflow.bijections.base import zero_padding
 from waveflow.context import total_context
+from waveflow.padding import zero_padding
 
 
 class ConvNet(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from waveflow.context import Context, total_context
 from waveflow.decoding import IntegerGraph, Kit, NotInIntegers, is_exactly
+from waveflow.padding import zero_padding
 
 
 class DepthwiseConv(nn.Conv1d):
@@ -45,7 +46,7 @@ class ConvNeXtBlock(nn.Module):
         self.context = self.depthwise.context
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        h = self.norm(self.depthwise(_zero_padding(x, mask)))
+        h = self.norm(self.depthwise(zero_padding(x, mask)))
         return torch.addcmul(x, self.contract(F.relu(self.expand(h))), self.gain)
 
 
@@ -142,10 +143,5 @@ class GatedStack(nn.Module):
 def _taps(x: Tensor, mask: Tensor | None, kernel_size: int, dilation: int) -> Tensor:
     """What a dilated convolution sees of x (B, L, C) at each position, (B, L, k C)."""
     length, reach = x.shape[1], dilation * (kernel_size // 2)
-    padded = F.pad(_zero_padding(x, mask), (0, 0, reach, reach))
+    padded = F.pad(zero_padding(x, mask), (0, 0, reach, reach))
     return torch.cat([padded[:, i * dilation :][:, :length] for i in range(kernel_size)], -1)
-
-
-def _zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    # Selected, not multiplied: padding may hold NaN.
-    return x if mask is None else x.masked_fill(mask == 0, 0.0)

@@ -1,10 +1,12 @@
-"""MelEncoder: features of the mel for flows at audio rate."""
+"""Conditioners of several models: from a mel to the features that steer a flow."""
 
+import torch
 from torch import Tensor, nn
 
-from waveflow.bijections.base import Condition, zero_padding
-from waveflow.context import total_context
+from waveflow.bijections.base import Condition
+from waveflow.context import Context, total_context
 from waveflow.flow import Conditioner, State
+from waveflow.padding import zero_padding
 
 
 class MelEncoder(Conditioner):
@@ -33,3 +35,25 @@ class MelEncoder(Conditioner):
         h = self.enter(zero_padding((mel + 5) / 3, mask)).relu()
         h = self.leave(zero_padding(h, mask)).repeat_interleave(self.times, 2)
         return Condition(h, None if mask is None else mask.repeat_interleave(self.times, 2))
+
+
+class RepeatedMel(Conditioner):
+    """Each mel frame held through its hop: M features, `times` positions for a frame."""
+
+    context = Context()
+
+    def __init__(self, n_mels: int, times: int) -> None:
+        super().__init__()
+        self.times = times
+        self.n_features = n_mels
+
+    def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
+        """Mel (B, M, F) and mask (B, 1, F) to a condition of F times positions."""
+        if mask is not None:
+            mel, mask = zero_padding(mel, mask), mask.repeat_interleave(self.times, 2)
+        return Condition(mel.repeat_interleave(self.times, 2), mask)
+
+    def affine_map(self) -> tuple[Tensor, Tensor]:
+        """As `UpsampledMel.affine_map`, of one frame."""
+        eye = torch.eye(self.n_features, dtype=torch.float64)
+        return eye.expand(self.times, -1, -1), eye.new_zeros(len(eye))
