@@ -37,7 +37,7 @@ SMALL: dict[str, tuple[FlowConfig, int]] = {
             n_flows=2,
             n_early_every=1,
             n_early_size=2,
-            n_layers=2,
+            n_layers=1,
             hidden_channels=4,
         ),
         4,

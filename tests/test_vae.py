@@ -47,7 +47,7 @@ class Line:
         self.flow = perturbed(SMALLEST, 0.4)
         mel = torch.randn(1, 5, 1, generator=torch.Generator().manual_seed(1)) - 5
         self.cond = self.flow.condition(mel).crop(1)
-        self.grid = torch.linspace(-8, 8, 1601)
+        self.grid = torch.linspace(-8, 8, 401)
 
     def of(self, n: int) -> Condition:
         return Condition(self.cond.features.expand(n, -1, -1))
@@ -87,16 +87,15 @@ def test_the_bound_lies_below_and_its_weights_are_right(x: float) -> None:
 @torch.no_grad()
 def test_draws_have_the_density() -> None:
     line = Line()
-    edges = torch.linspace(-6, 6, 1201)
-    log_p = line.log_p(edges)
-    cdf = torch.cumsum(log_p.exp(), 0) * (edges[1] - edges[0])
+    edges = torch.linspace(-6, 6, 241)
+    cdf = torch.cumulative_trapezoid(line.log_p(edges).exp(), edges)
     assert cdf[-1] == pytest.approx(1, abs=1e-3)
-    n = 100_000
+    n = 20_000
     noise = torch.randn(n, 2, 1, generator=torch.Generator().manual_seed(3))
     draws = line.flow.bijection.inverse(noise, line.of(n))[0].flatten()
-    share = torch.searchsorted(draws.sort().values, edges) / n
-    # Kolmogorov's bound at a level of 1e-4, and the width of a step.
-    assert (share - cdf).abs().max() < 2.2 / n**0.5 + 0.005
+    share = torch.searchsorted(draws.sort().values, edges[1:]) / n
+    # Kolmogorov's bound at a level of 1e-4.
+    assert (share - cdf).abs().max() < 2.2 / n**0.5
 
 
 @torch.no_grad()
@@ -113,7 +112,7 @@ def test_log_prob_is_the_mean_over_positions_of_the_bound() -> None:
     batch = Batch(audio, mel, torch.zeros(2, 6), Share(0, 2, 2))
     flow.train()
     draws = []
-    for seed in range(50):
+    for seed in range(20):
         torch.manual_seed(seed)
         terms = flow.training_loss(batch, cond)
         torch.manual_seed(seed)
