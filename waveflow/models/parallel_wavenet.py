@@ -1,7 +1,4 @@
-"""Parallel WaveNet (van den Oord et al. 2018) with Gaussians, ClariNet (Ping, Peng, Chen 2019).
-
-A student draws all samples at once. It learns from a trained WaveNet, its teacher.
-"""
+"""Parallel WaveNet (van den Oord 2018), ClariNet (Ping 2019): a student of a trained WaveNet."""
 
 import math
 from typing import Any, Literal, cast
