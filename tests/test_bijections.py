@@ -231,8 +231,8 @@ CASES: dict[str, Case] = {
         if name != "vae"
     },
     # A VAE draws its latents y; its maps of y and of (x, y) are bijections.
-    "vae_posterior": Case(lambda: _vae()[1].posterior, (2, 4), 4, (3, 1)),
-    "vae_joint": Case(lambda: _vae()[2:], (6, 4), 4, (3, 1)),
+    "vae_posterior": Case(lambda: _vae()[2].posterior, (2, 4), 4, (3, 1)),
+    "vae_joint": Case(lambda: _vae()[3:], (6, 4), 4, (3, 1)),
 }
 # What is a fixed map: no weights, and nothing of the condition but its mask enters.
 FIXED = {"squeeze", "lapped", "lapped_quadrature", "permute", "reverse", "inverse_squeeze"}

@@ -60,15 +60,15 @@ class VAE(Flow):
         "reconstruction" is -log p(x | y) and "kl" is log q(y | x) - log p(y), both of one draw of
         y; minus their sum is the bound.
         """
-        squeeze, augment, decoder, prior = cast(Chain, self.bijection)
-        x, _ = squeeze(batch.audio[:, None], cond)
+        squeeze, level, augment, decoder, prior = cast(Chain, self.bijection)
+        x, level_log_det = level(squeeze(batch.audio[:, None], cond)[0], cond)
         n_samples, n = batch.audio.shape[1], cast(Augment, augment).channels
         noise = torch.randn(batch.share.total, n, x.shape[2], device=x.device)
         joint, minus_log_q = augment(x, cond, batch.share.of(noise))
         joint, decoder_log_det = decoder(joint, cond)
         joint, prior_log_det = prior(joint, cond)
         residual, latents = joint.split([x.shape[1], n], 1)
-        log_p_x = standard_normal_log_prob(residual) + decoder_log_det
+        log_p_x = standard_normal_log_prob(residual) + decoder_log_det + level_log_det
         log_p_y = standard_normal_log_prob(latents) + prior_log_det
         return {
             "reconstruction": -log_p_x.mean() / n_samples,
@@ -83,23 +83,29 @@ def vae(config: VAEConfig, mel: MelConfig) -> Flow:
     The posterior q starts from a Gaussian of the encoder's mean and scale and goes through
     `n_flows` steps y_t = mu_t + sigma_t y_{t-1}, autoregressive over the latents of a vector
     (equations 10 and 11, figure 2). The decoder p(x | y) and the prior p(y) are Gaussians.
-    All see the mel. Chained they are one flow of (x, y): the decoder is a coupling that y steers,
-    and the prior an affine map of y.
+    All see the mel, and an affine map of the mel first brings x to one level. Chained they are
+    one flow of (x, y): the decoder is a coupling that y steers, and the prior an affine map of y.
     """
     n, n_latents, width = config.squeeze_factor, config.n_latents, config.hidden_channels
 
     def network(n_in: int, n_out: int, n_features: int = config.n_features) -> ConvNet:
         return ConvNet(n_in, n_features, width, n_out)
 
-    posterior: list[Bijection] = [Coupling(network(0, 2 * n_latents, width), Affine(), AllActive())]
+    encoder, start = network(n, width), network(0, 2 * n_latents, width)
+    for part in (encoder, start):
+        # From zero they would hide x: latents and decoder could learn nothing of each other.
+        part.leave.reset_parameters()
+    posterior: list[Bijection] = [Coupling(start, Affine(bound=5.0), AllActive())]
     for _ in range(config.n_flows):
         step = MADE(n_latents, width, width, Affine.n_params)
         posterior += [OverChannels(step, Affine(bound=3.0), n_latents), Reverse(n_latents)]
-    prior = Coupling(network(0, 2 * n_latents), Affine(), AllActive())
+    level = Coupling(network(0, 2 * n), Affine(bound=9.0), AllActive())
+    prior = Coupling(network(0, 2 * n_latents), Affine(bound=5.0), AllActive())
     bijection = Chain(
         Squeeze(n),
-        Augment(n_latents, network(n, width), Chain(*posterior)),
-        Coupling(network(n_latents, 2 * n), Affine(), ActiveFirst(n)),
+        level,
+        Augment(n_latents, encoder, Chain(*posterior)),
+        Coupling(network(n_latents, 2 * n), Affine(bound=5.0), ActiveFirst(n)),
         OnChannels(slice(n, None), prior),
     )
     conditioner = MelEncoder(mel.n_mels, config.n_features, mel.hop_length // n)
