@@ -140,7 +140,7 @@ for name, flow in flows.items():
 
 # %% [markdown]
 # How good can it become? Here we know the true density: the mean of Gaussians around all points of
-# both moons. No flow can have more than its likelihood.
+# both moons. On average over new points no density has a higher likelihood.
 
 # %%
 angles = torch.pi * (torch.arange(500) + 0.5) / 500

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import waveflow
+from waveflow.audio.dequantise import dequantise
 from waveflow.audio.io import read_audio
 
 folder = Path(os.environ.get("WAVEFLOW_RECORDINGS", "data/kathleen"))
@@ -31,9 +32,9 @@ torch.set_grad_enabled(False)
 
 
 def clip(name):
-    """Two seconds (T,) of a recording, from its first loud sample on."""
+    """Two seconds (T,) from the first loud sample on, with the noise of half a 16-bit step."""
     (path,) = (folder / "wavs").glob(f"{name}.*")
-    audio = torch.from_numpy(read_audio(path, rate)[0])
+    audio = dequantise(torch.from_numpy(read_audio(path, rate)[0]), 0)
     start = int((audio.abs() > 0.1 * audio.abs().max()).nonzero()[0])
     return audio[start : start + FRAMES * vocoder.hop_length]
 
@@ -377,7 +378,7 @@ for axis, (name, change) in zip(axes, changes.items(), strict=True):
         style = "k--" if amount == "real" else "-"
         axis.plot(kilohertz, difference, style, label=str(amount), linewidth=1)
     axis.set(title=name, xlabel="kHz", ylabel="dB", ylim=(-10, 12))
-axes[0].legend(fontsize=7)
+axes[1].legend(fontsize=7, loc="lower left")
 torch.set_grad_enabled(True)
 
 # %% [markdown]

@@ -8,9 +8,11 @@
 #
 #     pip install -e '.[dev]'
 #
-# You may type the code of this page in `python`, started in `docs/tutorial`, or run it all:
+# This page is a script, and this runs all of it:
 #
 #     python docs/tutorial/08_build_your_own.py
+#
+# For a flow of your own, copy the script and `docs/tutorial/my_flow.py` and change both.
 #
 # ## 1. An idea
 #
@@ -210,9 +212,9 @@ status = main(["train", "recipe.toml", "--data", "corpus", "--out", "run"])
 print("exit status:", status)
 
 # %% [markdown]
-# On a command line it is this (`PYTHONPATH` says where `my_flow.py` is):
+# On a command line, where `FOLDER` is the one that holds `my_flow.py`, the same is
 #
-#     PYTHONPATH=docs/tutorial python -c \
+#     PYTHONPATH=FOLDER python -c \
 #         "import sys, my_flow; from waveflow.cli.main import main; sys.exit(main())" \
 #         train recipe.toml --data corpus --out run
 #
