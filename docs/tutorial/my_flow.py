@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from waveflow.nn.mel_encoder import MelEncoder
 
 from waveflow import Flow, FlowConfig, MelConfig, register
 from waveflow.bijections import (
@@ -19,7 +20,6 @@ from waveflow.bijections import (
 )
 from waveflow.bijections.base import sum_log_det
 from waveflow.nn.convnet import ConvNet
-from waveflow.nn.mel_encoder import MelEncoder
 
 
 class MuLaw(Bijection):
