@@ -5,7 +5,6 @@ from typing import Literal
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from waveflow.nn.mel_encoder import MelEncoder
 
 from waveflow import Flow, FlowConfig, MelConfig, register
 from waveflow.bijections import (
@@ -19,6 +18,7 @@ from waveflow.bijections import (
     Squeeze,
 )
 from waveflow.bijections.base import sum_log_det
+from waveflow.conditioners import MelEncoder
 from waveflow.nn.convnet import ConvNet
 
 
