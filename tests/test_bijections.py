@@ -972,3 +972,21 @@ def test_actnorm_survives_a_silent_channel() -> None:
     z, log_det = ActNorm(2).train()(torch.zeros(1, 2, 8))
     assert z.isfinite().all()
     assert log_det.isfinite().all()
+
+
+@pytest.mark.parametrize("map", [Affine(), Affine(bound=9.0), MixtureOfLogistics(4)], ids=repr)
+def test_initial_parameters_bring_values_to_one(map: Affine | MixtureOfLogistics) -> None:
+    x = 0.1 * torch.randn(1, 1, 10_000, generator=torch.Generator().manual_seed(0))
+    params = map.initial(0.1)[None, :, None].expand(1, -1, x.shape[2])
+    assert 0.8 < map.forward(x, params)[0].std() < 1.25
+
+
+def test_components_of_a_mixture_do_not_start_alike() -> None:
+    """Their gradients would be equal, and they would stay so."""
+    map = MixtureOfLogistics(3)
+    params = map.initial(0.1)[None, :, None].clone().requires_grad_()
+    z, log_slope = map.forward(torch.full((1, 1, 1), 0.05), params)
+    (0.5 * z.square() - log_slope).sum().backward()
+    assert params.grad is not None
+    for gradient in params.grad[0, :, 0].chunk(3):
+        assert len(gradient.unique()) == 3

@@ -4,6 +4,7 @@
 return the result and the elementwise log-derivative of that direction, (B, C, L).
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -61,6 +62,13 @@ class Affine:
     def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = self._split(params)
         return (z - shift) * (-log_scale).exp(), -log_scale
+
+    def initial(self, std: float) -> Tensor:
+        """Parameters (2,) that bring values of this standard deviation to one."""
+        log_scale = -math.log(std)
+        if self.bound is not None:
+            log_scale = self.bound * math.atanh(log_scale / self.bound)
+        return torch.tensor([0.0, log_scale])
 
     def _split(self, params: Tensor) -> tuple[Tensor, Tensor]:
         # exp in half precision loses the round trip, so never below float32.

@@ -48,6 +48,15 @@ class MixtureOfLogistics:
         x = x - (found - z) * (-log_slope.detach()).exp()
         return x.to(dtype), -self._z(x, *parts)[1].to(dtype)
 
+    def initial(self, std: float) -> Tensor:
+        """Parameters (3 K,) of components side by side, for values of this standard deviation.
+
+        Components that start alike would stay alike, because their gradients are equal.
+        """
+        means = std * torch.linspace(-1, 1, self.n_components + 2)[1:-1]
+        log_scales = torch.full_like(means, math.log(std / 2))
+        return torch.cat([torch.zeros_like(means), means, _MOST * torch.atanh(log_scales / _MOST)])
+
     def _solved(self, z: Tensor, low: Tensor, high: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
         """x with z(x) = z, between low and high: Newton's method, or halving where it leaves."""
         x = (low + high) / 2

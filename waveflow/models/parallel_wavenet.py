@@ -14,6 +14,7 @@ from waveflow.distributions import gaussian_kl, standard_normal_log_prob
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.models.registry import FlowConfig, register
+from waveflow.models.wavenet import SPEECH_STD
 from waveflow.nn.causal_wavenet import CausalWaveNet
 from waveflow.objective import Batch, Loss, Phase, Score
 
@@ -46,9 +47,8 @@ class Student(Flow):
             raise ConfigError("a student learns from a trained WaveNet: name it as the `teacher`")
         step = teacher.bijection
         if not (isinstance(step, OverTime) and isinstance(step.map, Affine)):
-            raise ConfigError(
-                f"teacher {settings.teacher} is no WaveNet with a Gaussian head: give such a one"
-            )
+            name = settings.teacher
+            raise ConfigError(f"teacher {name} is no WaveNet with a Gaussian head: give such a one")
         distillation = Distillation(self, teacher, settings.precision)
         return [Phase("distillation", math.inf, distillation, distillation.score)]
 
@@ -94,25 +94,27 @@ class Distillation:
             # x <- x sigma + mu, mu_q <- mu_q sigma + mu, sigma_q <- sigma_q sigma
             x, log_scale = step.map.forward(x, params)
             mean_q, log_q = step.map.forward(mean_q, params)[0], log_q + log_scale
-        step = cast(OverTime, self.teacher.bijection)
-        params = step.network(x, *self.teacher.condition(mel).crop(z.shape[2]))
+        step, cond = cast(OverTime, self.teacher.bijection), self.teacher.condition(mel)
+        params = step.network(x, *cond.crop(z.shape[2]))
         # Its z = (x - mu) / sigma, so that 0 comes from mu.
         mean_p, log_p = step.map.inverse(torch.zeros_like(x), params)
         return x, log_q, log_p, gaussian_kl(mean_q, log_q, mean_p, log_p)
 
     def _magnitudes(self, audio: Tensor) -> Tensor:
-        hop = self.student.hop_length
-        window = torch.hann_window(4 * hop, device=audio.device)
-        return torch.stft(audio, 4 * hop, hop, window=window, return_complex=True).abs()
+        n_fft = 4 * self.student.hop_length
+        window = torch.hann_window(n_fft, device=audio.device)
+        return torch.stft(audio, n_fft, n_fft // 4, window=window, return_complex=True).abs()
 
 
 @register(ParallelWaveNetConfig)
 def parallel_wavenet(config: ParallelWaveNetConfig, mel: MelConfig) -> Flow:
     """Flows z_t sigma(z_1 .. z_{t-1}) + mu(z_1 .. z_{t-1}), from noise to audio (section 3.2)."""
-    steps = []
+    steps, map = list[Inverse](), Affine(bound=9.0)
     for n_layers in reversed(config.flow_layers):
-        sizes = 1, config.n_features, config.hidden_channels, Affine.n_params
+        sizes = 1, config.n_features, config.hidden_channels, map.n_params
         network = CausalWaveNet(*sizes, [2 ** (i % 10) for i in range(n_layers)])
-        steps.append(Inverse(OverTime(network, Affine(bound=9.0))))
+        if not steps:  # the last one on the way from noise
+            network.leave.bias.data = map.initial(1 / SPEECH_STD)
+        steps.append(Inverse(OverTime(network, map)))
     conditioner = MelEncoder(mel.n_mels, config.n_features, mel.hop_length)
     return Student(Chain(*steps), conditioner, channels=1, hop_length=mel.hop_length)

@@ -9,6 +9,7 @@ from waveflow.bijections import Affine, OverTime
 from waveflow.conditioners import MelEncoder
 from waveflow.flow import Flow
 from waveflow.models.registry import FlowConfig, register
+from waveflow.models.wavenet import SPEECH_STD
 from waveflow.nn.pixel_net import PixelNet
 
 
@@ -45,5 +46,6 @@ def pixelcnn(config: PixelCNNConfig, mel: MelConfig) -> Flow:
         map.n_params,
         config.n_layers,
     )
+    network.leave.bias.data = map.initial(SPEECH_STD)
     conditioner = MelEncoder(mel.n_mels, config.n_features, mel.hop_length)
     return Flow(OverTime(network, map), conditioner, channels=1, hop_length=mel.hop_length)

@@ -9,6 +9,7 @@ from waveflow.bijections import Affine, Bijection, Chain, OverChannels, Permute,
 from waveflow.conditioners import MelEncoder
 from waveflow.flow import Flow
 from waveflow.models.registry import FlowConfig, register
+from waveflow.models.wavenet import SPEECH_STD
 from waveflow.nn.row_net import RowNet
 
 # Dilations over the height by the number of rows (table 3).
@@ -51,10 +52,11 @@ def waveflow(config: WaveFlowConfig, mel: MelConfig) -> Flow:
     dilations = [HEIGHT_DILATIONS[height][i % 8] for i in range(config.n_layers)]
     steps: list[Bijection] = []
     for k in range(config.n_flows):
-        network = RowNet(
-            height, config.n_features, config.hidden_channels, Affine.n_params, dilations
-        )
-        steps.append(OverChannels(network, Affine(bound=6.0), height))
+        map = Affine(bound=6.0)
+        network = RowNet(height, config.n_features, config.hidden_channels, map.n_params, dilations)
+        if k == 0:
+            network.leave.bias.data = map.initial(SPEECH_STD)  # type: ignore[union-attr]
+        steps.append(OverChannels(network, map, height))
         steps.append(Permute(reverse if k < config.n_flows // 2 else order))
     bijection = Chain(Squeeze(height), *steps)
     conditioner = MelEncoder(mel.n_mels, config.n_features, mel.hop_length // height)
