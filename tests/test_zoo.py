@@ -191,6 +191,16 @@ def test_mades_jacobian_is_zero_where_the_masks_say() -> None:
         assert torch.equal(params != 0, torch.ones(5, 5).tril(-1).bool())
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_networks_need_no_features() -> None:
+    for network, channels in (
+        (RowNet(4, 0, 8, 2, [1, 1]), 4),
+        (CausalWaveNet(1, 0, 8, 2, [1]), 1),
+        (MADE(4, 0, 8, 2), 4),
+    ):
+        assert network(torch.randn(2, channels, 5)).shape == (2, 2 * channels, 5)
+
+
 def test_too_few_parameters_are_refused() -> None:
     step = OverChannels(MADE(4, 0, 8, 1), Affine(), 4)
     with pytest.raises(ValueError, match=r"makes \(2, 4, 3\) of \(2, 4, 3\).*needs \(2, 8, 3\)"):

@@ -50,7 +50,7 @@ class RowNet(nn.Module):
             )
             for i, down in enumerate(height_dilations)
         )
-        self.condition = nn.Conv1d(cond_channels, 2 * width * n_layers, 1, bias=False)
+        self.condition = nn.Linear(cond_channels, 2 * width * n_layers, bias=False)
         self.res_skip = nn.ModuleList(nn.Conv2d(width, 2 * width, 1) for _ in height_dilations)
         self.leave = nn.Conv2d(width, n_params, 1)
         nn.init.zeros_(self.leave.weight)
@@ -109,7 +109,7 @@ class RowNet(nn.Module):
         """What the condition adds in each layer before the gate, (B, 2 width, L)."""
         if features is None:
             features = x.new_zeros(len(x), 0, x.shape[2])
-        added = self.condition(zero_padding(features, mask))
+        added = self.condition(zero_padding(features, mask).transpose(1, 2)).transpose(1, 2)
         return added.chunk(len(self.height_dilations), 1)
 
 
