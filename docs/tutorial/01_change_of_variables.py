@@ -110,9 +110,10 @@ print("log of the slope itself:", torch.tensor(-0.5).log().item())
 # ## A curve
 #
 # If f is curved, its slope differs from point to point. The formula holds at each point with the
-# slope there. A rational-quadratic spline is a curve that always rises; its parameters are the
-# widths, the heights and the slopes of its pieces. This one has three pieces and is flat in the
-# middle.
+# slope there. A rational-quadratic spline is a curve that always rises; its parameters set the
+# widths and the heights of its pieces, and the slopes where two pieces meet. They may be any
+# numbers: a softmax and a softplus make positive ones of them, and zeros give the line z = x.
+# This one has three pieces and is nearly flat in the middle.
 
 # %%
 spline = RationalQuadratic(n_bins=3, bound=4.0)
