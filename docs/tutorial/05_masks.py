@@ -98,8 +98,9 @@ draw(axes[4], of_step, "d z / d x")
 #
 # ## WaveNet: masks in time
 #
-# A causal convolution is a mask too: its kernel has no weights for the present and the future.
-# With dilations 1, 2, 4 it looks far back with few layers. `context_of` says how far.
+# A causal convolution is a mask too: its kernel has no weights for the future. The input is moved
+# by one sample, so that the present is hidden as well. With dilations 1, 2, 4 the network looks
+# far back with few layers. `context_of` says how far.
 
 # %%
 wavenet = with_random_weights(CausalWaveNet(1, 1, 8, 2, [1, 2, 4]))
@@ -114,7 +115,8 @@ print("lower triangle:", torch.equal(of_time, of_time.tril()))
 #
 # WaveFlow folds audio into a matrix of a few rows and is autoregressive over the rows. The
 # parameters of an element may see all earlier rows, on both sides in time, and nothing of its own
-# row. (PixelCNN does the same with the pixels of an image.)
+# row. (PixelCNN goes through the pixels of an image, and sees the earlier pixels of its own row
+# too.)
 
 # %%
 rows = with_random_weights(RowNet(8, 1, 8, 2, [1, 2, 4]))
@@ -145,7 +147,7 @@ axes[1].plot(12, 5, "x", color="C3")
 # neighbours are in different parts; a **channel mask** halves the channels after a squeeze. A
 # waveform has one axis, so its checkerboard is every second sample.
 #
-# We do not draw the masks from their definition. We run couplings and look which of 32 samples
+# We do not draw the masks from their definition. We run couplings and look at which of 32 samples
 # come out changed.
 
 
