@@ -80,7 +80,8 @@ for name, flow in (("MAF", maf), ("IAF", iaf)):
 
 # %% [markdown]
 # So MAF is trained fast and draws slowly; IAF draws fast, and the density of data that it has not
-# drawn itself is slow. The numbers grow with the length, however fast the computer is:
+# drawn itself is slow. The passes of the slow direction grow with the length, however fast the
+# computer is:
 
 # %%
 sizes = [2, 4, 8, 16, 32, 64]
@@ -104,13 +105,13 @@ axis.minorticks_off()
 axis.legend()
 
 # %% [markdown]
-# A second of speech has 22,050 samples. A WaveNet, which is such a step over time, needs as many
-# passes for a second of audio.
+# A second of speech has 22,050 samples here. A WaveNet, which is such a step over time, needs as
+# many passes to draw it.
 #
 # ## They are the same map
 #
 # Nothing is lost or added by turning a step round. Its two directions undo each other, and their
-# log-determinants are opposite.
+# log-determinants are opposite. IAF's `inverse` is MAF's `forward`, so these two agree.
 
 # %%
 x = torch.randn(5, CHANNELS, 1)
