@@ -12,7 +12,9 @@
 #
 #     python docs/tutorial/08_build_your_own.py
 #
-# For a flow of your own, copy the script and `docs/tutorial/my_flow.py` and change both.
+# For a flow of your own, copy the script and `docs/tutorial/my_flow.py` into one folder and
+# change both. In the script these are the names that it imports, the recipe's `type` and sizes,
+# and the line that prints mu.
 #
 # ## 1. An idea
 #
@@ -33,7 +35,8 @@
 #
 # A step that treats each sample by itself has a diagonal Jacobian. So its log-determinant is the
 # sum of log dz/dx over all samples. `sum_log_det` adds them up, and leaves out the padding of a
-# batch.
+# batch. It takes a value for each sample (B, C, L): a parameter for each channel is expanded
+# first, with `expand_as(x)`.
 
 # %%
 import os
@@ -166,7 +169,7 @@ print("it looks at samples around it:", tuple(report.context))
 #
 # Any folder of recordings will do. A fresh clone has none, but it has a model that speaks, and
 # one mel. So we let it say a second of a sentence four times, each time with other noise. We work
-# in an empty folder.
+# in an empty folder with a random name; give `os.chdir` a folder of yours to find the run again.
 
 # %%
 os.chdir(tempfile.mkdtemp())
