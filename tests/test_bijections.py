@@ -443,6 +443,13 @@ class OneForAll(ActNorm):
         return super()._log_det(x, cond, sign).sum()
 
 
+class NoTensor(ActNorm):
+    """Its log-determinant is a Python number."""
+
+    def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        return super().forward(x, cond)[0], 0.0  # type: ignore[return-value]
+
+
 class Forgetful(ActNorm):
     """Its inverse undoes a part alone."""
 
@@ -482,6 +489,7 @@ class Multiplied(nn.Module):
     [
         (WrongSign, r"WrongSign.forward: log_det is .*, the Jacobian says"),
         (lambda: OneForAll(4), r"log_det is \(\), not \(3,\)"),
+        (lambda: NoTensor(4), r"NoTensor.forward: log_det is 0.0, not \(3,\)"),
         (lambda: Forgetful(4), r"inverse\(forward\(x\)\) differs from x by 0.1"),
         (lambda: Coupling(Mean(0), Affine(), Halves()), "depends on x of another item"),
         (lambda: Coupling(Mean(2), Affine(), Halves()), "depend on x in the padding"),

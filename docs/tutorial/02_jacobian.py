@@ -114,14 +114,16 @@ for axis, points, name in zip(axes, (z, x[..., 0]), "zx", strict=True):
 # square: the image is nearly a parallelogram.
 #
 # An affine **coupling** is such a map. It leaves x1 as it is and maps x2 to z2 = x2 exp(s(x1)) +
-# t(x1), where s and t are any functions, here a small network. (Real networks have more layers;
-# here three make the picture bend.)
+# t(x1), where s and t are any functions, here a small network. `bound=1.0` keeps s between -1 and
+# 1, so that the picture stays small.
 
 # %%
+torch.manual_seed(6)
 network = nn.Sequential(nn.Conv1d(1, 16, 1), nn.Tanh(), nn.Conv1d(16, 2, 1))
 with torch.no_grad():
-    for parameter in network.parameters():
-        parameter.normal_(0, 0.7)
+    for layer, spread in ((network[0], 0.7), (network[2], 0.35)):
+        for parameter in layer.parameters():
+            parameter.normal_(0, spread)
 coupling = Coupling(network, Affine(bound=1.0), Halves())
 print(coupling)
 
@@ -143,7 +145,7 @@ with torch.no_grad():
     image = coupling(as_signal(small))[0][..., 0]
 for axis, corners, name in zip(axes, (small, image), ("x", "z"), strict=True):
     axis.add_patch(Polygon(corners, color="C1"))
-    axis.set(title=name)
+    axis.set(title=name, aspect="equal")
 
 # %% [markdown]
 # The Jacobian of this coupling is triangular, because z1 does not depend on x2:

@@ -31,7 +31,7 @@
 # - `forward(x, cond)` returns z and the log-determinant, one number for each item of the batch;
 # - `inverse(z, cond)` returns x and the log-determinant of this direction;
 # - `context` says how many positions to the left and right a result depends on. Here there are
-#   none.
+#   none. It has no default: a model whose step declares none is refused when it first speaks.
 #
 # A step that treats each sample by itself has a diagonal Jacobian. So its log-determinant is the
 # sum of log dz/dx over all samples. `sum_log_det` adds them up, and leaves out the padding of a

@@ -71,10 +71,10 @@ class Bijection(nn.Module):
         return self.inverse_context
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no forward(x, cond)")
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no inverse(z, cond)")
 
     def inverse_after(self, past: Tensor, z: Tensor, cond: Condition | None = None) -> Tensor:
         """x (B, C, L) of which a stream has made the first positions, `past`, already.

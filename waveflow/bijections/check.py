@@ -73,9 +73,9 @@ def check_bijection(
         back, inverse_log_det = twin.inverse(z, cond)
     name = type(bijection).__name__
     for direction, value in (("forward", log_det), ("inverse", inverse_log_det)):
-        if value.shape != x.shape[:1]:
-            shape = tuple(value.shape)
-            raise ContractError(f"{name}.{direction}: log_det is {shape}, not ({len(x)},)")
+        if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+            found = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+            raise ContractError(f"{name}.{direction}: log_det is {found}, not ({len(x)},)")
     if z[0].numel() != n_values or back.shape != x.shape:
         shapes = " to ".join(str(tuple(t.shape)) for t in (x, z, back))
         raise ContractError(f"{name} is no bijection of these shapes: {shapes}")

@@ -75,8 +75,8 @@ def compare(
 ) -> None:
     """Trains models alike and prints one table of them.
 
-    All see the same segments of the same data for the same time, each in a process
-    of its own, and are scored on the same held speech. Differences to the first
+    All see the same segments of the same data for as long, each in a process of its
+    own, and are scored on the same held speech. Differences to the first
     model are paired: their interval tells two models apart, that of a mean does not.
     A likelihood with ≥ is a lower bound.
 

@@ -76,7 +76,8 @@ def squeezewave(config: SqueezeWaveConfig, mel: MelConfig) -> Flow:
             channels // 2, mel.n_mels, config.hidden_channels, channels, config.n_layers
         )
         level.steps.append(InvertibleConv1x1(channels))
-        level.steps.append(Coupling(network, Affine(), Halves()))
+        # Free log-scales, as published, let a young model draw infinities.
+        level.steps.append(Coupling(network, Affine(bound=3.0), Halves()))
     n = config.squeeze_factor
     conditioner = RepeatedMel(mel.n_mels, mel.hop_length // n)
     return Flow(whole, conditioner, channels=n, hop_length=mel.hop_length)
