@@ -74,8 +74,8 @@ def check_bijection(
     name = type(bijection).__name__
     for direction, value in (("forward", log_det), ("inverse", inverse_log_det)):
         if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
-            found = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
-            raise ContractError(f"{name}.{direction}: log_det is {found}, not ({len(x)},)")
+            words = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+            raise ContractError(f"{name}.{direction}: log_det is {words}, not ({len(x)},)")
     if z[0].numel() != n_values or back.shape != x.shape:
         shapes = " to ".join(str(tuple(t.shape)) for t in (x, z, back))
         raise ContractError(f"{name} is no bijection of these shapes: {shapes}")
