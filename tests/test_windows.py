@@ -484,6 +484,7 @@ def growth(lengths: list[int], vocoder: str = THE_SHIPPED) -> list[int]:
     return [int(peak) - int(audio) for peak, audio in map(str.split, lines)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ru_maxrss in kilobytes")
 def test_memory_is_flat() -> None:
     """After 24 seconds in windows of 12, 60 seconds need no more; whole, the condition alone of
