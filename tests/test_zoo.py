@@ -28,13 +28,17 @@ MEL = MelConfig(sample_rate=8000, n_fft=64, hop_length=HOP, win_length=64, n_mel
 
 @pytest.fixture(params=SMALL)
 def vocoder(request: pytest.FixtureRequest) -> Vocoder:
+    return random_vocoder(request.param, 0.05)
+
+
+def random_vocoder(kind: str, spread: float) -> Vocoder:
     """A model with random weights, so that no network is zero."""
-    config = SMALL[request.param][0]
+    config = SMALL[kind][0]
     torch.manual_seed(0)
     flow = build_flow(config, MEL)
     with torch.no_grad():
         for parameter in flow.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(spread * torch.randn_like(parameter))
     return Vocoder(ModelConfig(model=config, mel=MEL), flow)
 
 
@@ -68,12 +72,7 @@ def test_a_stream_equals_the_whole(vocoder: Vocoder) -> None:
 
 
 def test_a_stream_of_a_wavenet_forgets_what_its_network_no_longer_sees() -> None:
-    torch.manual_seed(0)
-    config = SMALL["wavenet"][0]
-    vocoder = Vocoder(ModelConfig(model=config, mel=MEL), build_flow(config, MEL))
-    with torch.no_grad():
-        for parameter in vocoder.flow.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    vocoder = random_vocoder("wavenet", 0.2)
     mel = random_mel(40)
     # Seven samples before it; the mel's encoder has two frames on each side.
     assert vocoder.flow.context == (3, 2)
@@ -96,12 +95,7 @@ def test_a_padded_batch_of_a_wavenet_streams(kind: str, monkeypatch: pytest.Monk
     from waveflow.engine import streaming
 
     monkeypatch.setattr(streaming, "WINDOW_FRAMES", 4)
-    torch.manual_seed(0)
-    config = SMALL[kind][0]
-    vocoder = Vocoder(ModelConfig(model=config, mel=MEL), build_flow(config, MEL))
-    with torch.no_grad():
-        for parameter in vocoder.flow.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    vocoder = random_vocoder(kind, 0.1)
     mel = torch.stack([random_mel(20), random_mel(20) + 1])
     batch, _ = vocoder(mel, lengths=torch.tensor([20, 9]), refine=0)
     alone = vocoder(mel[1, :, :9], refine=0)

@@ -52,10 +52,7 @@ class SqueezeCondition(nn.Module):
         self.n = n
 
     def forward(self, cond: Condition) -> Condition:
-        mask: Tensor | None = None
-        if cond.mask is not None:
-            mask = squeeze(cond.mask, self.n).amin(1, keepdim=True)
-        return Condition(squeeze(cond.features, self.n), mask)
+        return Condition(squeeze(cond.features, self.n), _squeezed_mask(cond.mask, self.n))
 
     def extra_repr(self) -> str:
         return f"n={self.n}"
@@ -74,10 +71,12 @@ class EveryNth(nn.Module):
         self.n = n
 
     def forward(self, cond: Condition) -> Condition:
-        mask: Tensor | None = None
-        if cond.mask is not None:
-            mask = squeeze(cond.mask, self.n).amin(1, keepdim=True)
-        return Condition(cond.features[..., :: self.n], mask)
+        return Condition(cond.features[..., :: self.n], _squeezed_mask(cond.mask, self.n))
 
     def extra_repr(self) -> str:
         return f"n={self.n}"
+
+
+def _squeezed_mask(mask: Tensor | None, n: int) -> Tensor | None:
+    """1 at the squeezed positions of which all n positions are valid."""
+    return None if mask is None else squeeze(mask, n).amin(1, keepdim=True)

@@ -37,14 +37,7 @@ def compare(
         list[str] | None,
         typer.Argument(metavar="[MODEL]...", help="Models of the zoo, such as nice or wavenet."),
     ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--data",
-            metavar="CORPUS|CACHE",
-            help="A cache, or a corpus. Give several corpora with --data for each.",
-        ),
-    ] = None,
+    data: options.Data = None,
     recipes: Annotated[
         list[Path] | None,
         typer.Option(

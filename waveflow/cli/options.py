@@ -89,6 +89,14 @@ Denoise = Annotated[
         help="Subtract the model's own hum: 0.01 to 0.1 for a WaveGlow.",
     ),
 ]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--data",
+        metavar="CORPUS|CACHE",
+        help="A cache, or a corpus. Give several corpora with --data for each.",
+    ),
+]
 Device = Annotated[
     str, typer.Option("--device", metavar="NAME", help="Device, such as cpu, cuda, cuda:1 or mps.")
 ]

@@ -31,14 +31,7 @@ def train(
         Path,
         typer.Option("-o", "--out", metavar="RUN", help="The run's folder; it is made."),
     ],
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--data",
-            metavar="CORPUS|CACHE",
-            help="A cache, or a corpus. Give several corpora with --data for each.",
-        ),
-    ] = None,
+    data: options.Data = None,
     resume: Annotated[
         bool,
         typer.Option(
