@@ -147,11 +147,6 @@ def test_bfloat16() -> None:
     assert 40 < signal_to_noise_db(reference, half) < 70
 
 
-def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "_HAS_ONEDNN", False)
-    assert not product.onednn_pays.__wrapped__(torch.float32, 1)
-
-
 def test_without_onednn_torchs_own_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_HAS_ONEDNN", False)
     monkeypatch.setattr(product, "_shortest", lambda *_: [1.0, 2.0])
@@ -188,7 +183,7 @@ def test_product(packed: bool, with_bias: bool, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(times.plus(rows, other.clone()), expected + other)
 
 
-@pytest.mark.parametrize(("onednn", "packed"), [(0.5, True), (0.95, False), (1.1, False)])
+@pytest.mark.parametrize(("onednn", "packed"), [(0.95, True), (1.05, False)])
 def test_the_faster_routine_is_taken(
     onednn: float, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

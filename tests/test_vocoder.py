@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -465,46 +466,38 @@ def test_precisions_that_are_not_to_be_had(tiny_model: Path, mel: Tensor, precis
         load(tiny_model, precision=precision)(mel)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("gain", "dtype"), [(1.2, torch.float32), (1.4, torch.bfloat16)])
-def test_auto_takes_what_pays(
+@pytest.mark.parametrize(
+    ("precision", "gain", "dtype", "level"),
+    [
+        ("auto", 1.2, torch.float32, "INFO"),
+        ("auto", 1.4, torch.bfloat16, "INFO"),
+        # A user who asked for bfloat16 is told where it is not what runs.
+        ("bfloat16", 0.6, torch.float32, "WARNING"),
+        ("bfloat16", 0.8, torch.bfloat16, "INFO"),
+    ],
+)
+def test_bfloat16_where_it_pays(
     tiny_model: Path,
     mel: Tensor,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    precision: Literal["auto", "bfloat16"],
     gain: float,
     dtype: torch.dtype,
+    level: str,
 ) -> None:
     times = iter([gain, 1.0])
     monkeypatch.setattr(engine_decoder, "_seconds", lambda *_: next(times))
-    vocoder = load(tiny_model, precision="auto")
+    vocoder = load(tiny_model, precision=precision)
     with caplog.at_level("INFO", logger="waveflow.engine"):
         chosen = vocoder.decoder
     expected = TorchDecoder(vocoder.flow, dtype)
     noise = vocoder.flow.noise(mel.shape[1], [0])
     assert torch.equal(chosen(noise, mel[None]), expected(noise, mel[None]))
-    assert f"runs in {str(dtype).removeprefix('torch.')}: " in caplog.text
-    assert f"{gain} times" in caplog.text
-
-
-@pytest.mark.parametrize(("gain", "dtype"), [(0.9, torch.float32), (1.1, torch.bfloat16)])
-def test_bfloat16_is_refused_where_it_is_slower(
-    tiny_model: Path,
-    mel: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    gain: float,
-    dtype: torch.dtype,
-) -> None:
-    times = iter([gain, 1.0])
-    monkeypatch.setattr(engine_decoder, "_seconds", lambda *_: next(times))
-    vocoder = load(tiny_model, precision="bfloat16")
-    with caplog.at_level("WARNING", logger="waveflow.engine"):
-        chosen = vocoder.decoder
-    expected = TorchDecoder(vocoder.flow, dtype)
-    noise = vocoder.flow.noise(mel.shape[1], [0])
-    assert torch.equal(chosen(noise, mel[None]), expected(noise, mel[None]))
-    # A user who asked for bfloat16 is told that it is not what runs.
-    assert bool(caplog.records) == (dtype == torch.float32)
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert f"runs in {str(dtype).removeprefix('torch.')}: " in record.getMessage()
+    assert f"{gain} times" in record.getMessage()
 
 
 @pytest.mark.parametrize(

@@ -519,8 +519,8 @@ def load(
         verify: check the files' hashes against the manifest.
         device: where it runs.
         precision: of the networks' matrix products: float32, bfloat16, float16 (GPU) or int8
-            (CPU, extra `int8`); "auto" picks the faster of the first two. A CPU that runs bfloat16
-            or int8 more slowly than float32 gets float32. The choice is logged.
+            (CPU, extra `int8`); "auto" picks the faster of the first two. A CPU that emulates
+            bfloat16 or int8, more slowly than float32, gets float32. The choice is logged.
         compile: torch.compile; the first call then takes half a minute or more.
 
     Raises:

@@ -14,19 +14,18 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)
     for name in ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
 )
-# A product of ordinary size that the probe times: rows, and columns of input and result.
-_PROBE_SIZES = 128, 256, 256
+# The product that the probe times: rows, and columns of input and result. Half a second of a
+# WaveGlow, because the two routines differ less on shorter ones, so that noise would choose.
+_PROBE_SIZES = 512, 256, 256
 _PROBE_RUNS = 10
-# oneDNN's time must be less than this share of torch's own, or noise would choose.
-_WORTHWHILE = 0.9
 
 
 class Product:
     """rows (L, K) -> rows weight^T + bias, (L, N), of a weight that no longer changes.
 
     Two routines can compute it: torch's own, which calls MKL on x86, and oneDNN's, which takes
-    weights packed beforehand. On an AMD Zen 5 oneDNN makes twice as many float32 multiply-adds a
-    second; on a Zen 3 it makes a tenth fewer. A probe of some milliseconds chooses, once in a
+    weights packed beforehand. On an AMD Zen 5 oneDNN makes up to twice as many float32
+    multiply-adds a second; on a Zen 3 it makes a tenth fewer. A probe of 20 ms chooses, once in a
     process for all shapes: a choice for each shape would differ from process to process where the
     two are equal, and with it the last bits of the audio.
 
@@ -81,7 +80,7 @@ def onednn_pays(dtype: torch.dtype, n_threads: int) -> bool:
     rows, weight = torch.ones(n_rows, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
     onednn, own = _shortest(lambda: _onednn(rows, packed, None), lambda: F.linear(rows, weight))
-    return onednn < _WORTHWHILE * own
+    return onednn < own
 
 
 @torch.inference_mode()
