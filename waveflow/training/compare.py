@@ -130,8 +130,7 @@ def measure(
         ConfigError: the run in `job.out` is another one, or was trained for longer.
     """
     cache, goal = TrainingCache(job.cache), job.goal
-    with suppress(ImportError):
-        import torch.utils.tensorboard
+    _load_modules()
     before, peak = _memory("RssAnon"), 0
     resume = bool(run_checkpoints(job.out))
     trainer = Trainer(job.recipe, cache, job.out, job.device, None, resume, job.data)
