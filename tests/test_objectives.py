@@ -38,7 +38,8 @@ from waveflow.bijections import (
 from waveflow.bijections.base import Bijection, Condition
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
-from waveflow.models.registry import build_flow
+from waveflow.models.parallel_wavenet import ParallelWaveNetConfig
+from waveflow.models.registry import FlowConfig, build_flow
 from waveflow.objective import Batch, Loss, Phase, Share
 from waveflow.training.objectives import (
     FlowLoss,
@@ -410,16 +411,25 @@ def test_frameglow_trains_its_pitch_head_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("config", "settings", "message"),
     [
-        ({"pitch_steps": 3}, "pitch_steps 3: waveglow has no phase that uses it"),
-        ({"pitch_steps": 0, "teacher": "runs/x"}, "teacher runs/x: waveglow has no phase"),
+        (WAVEGLOW, {"pitch_steps": 3}, "pitch_steps 3: waveglow has no phase that uses it"),
+        (WAVEGLOW, {"teacher": "runs/x"}, "teacher runs/x: waveglow has no phase that uses it"),
+        (MODEL, {"pitch_steps": 3, "teacher": "runs/x"}, "teacher runs/x: frameglow has no"),
+        (
+            ParallelWaveNetConfig(),
+            {"pitch_steps": 3, "teacher": "runs/x"},
+            "pitch_steps 3: parallel-wavenet has",
+        ),
     ],
 )
-def test_settings_of_a_phase_that_a_model_lacks(settings: dict[str, Any], message: str) -> None:
-    wrong = recipe(**settings).model_copy(update={"model": WAVEGLOW})
+def test_settings_of_a_phase_that_a_model_lacks(
+    config: FlowConfig, settings: dict[str, Any], message: str
+) -> None:
+    wrong = recipe(**({"pitch_steps": 0} | settings)).model_copy(update={"model": config})
+    flow = build_flow(config, wrong.mel)
     with pytest.raises(ConfigError, match=message):
-        phases(perturbed(WAVEGLOW), wrong, CPU)
+        phases(flow, wrong, CPU, flow)
 
 
 # --- parts of a step ---

@@ -86,6 +86,7 @@ class Flow(nn.Module):
 
     Attributes:
         is_bound: whether its likelihoods are lower bounds, as those of a VAE are.
+        phase_settings: settings of a recipe that only its `phases` use; other models refuse them.
         measure: the name of what validation measures, in logs and in `waveflow info`. It has the
             unit of a likelihood and higher is better; another one comes from `Phase.score`.
 
@@ -100,6 +101,7 @@ class Flow(nn.Module):
     """
 
     is_bound: ClassVar[bool] = False
+    phase_settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

@@ -44,17 +44,20 @@ def model_folder(model: str | Path | None = None) -> Path:
     )
 
 
+def zoo_models() -> list[str]:
+    """Names of the models of the zoo that have a recipe here."""
+    return sorted(path.stem for path in _root("recipes/zoo").glob("*.toml"))
+
+
 def zoo_recipe(name: str) -> Path:
     """Returns the recipe of a model of the zoo.
 
     Raises:
         ConfigError: there is none of this name.
     """
-    recipes = {path.stem: path for path in _root("recipes/zoo").glob("*.toml")}
-    if name not in recipes:
-        known = ", ".join(sorted(recipes))
-        raise ConfigError(f"no model {name!r} in the zoo: there are {known}")
-    return recipes[name]
+    if name not in (known := zoo_models()):
+        raise ConfigError(f"no model {name!r} in the zoo: there are {', '.join(known)}")
+    return _root("recipes/zoo") / f"{name}.toml"
 
 
 def _root(folder: str = "pretrained") -> Path:

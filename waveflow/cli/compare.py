@@ -4,7 +4,6 @@ import logging
 import math
 import multiprocessing
 import signal
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,11 +12,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from waveflow.cli import options
-from waveflow.cli.console import NoteHandler, note, progress_bar, show, show_table
+from waveflow.cli.console import (
+    NoteHandler,
+    fault_line,
+    faults_are_shown,
+    note,
+    progress_bar,
+    show,
+    show_faults,
+    show_table,
+)
 from waveflow.cli.train import described, own_folder, training_data, until_sigterm
 from waveflow.errors import ConfigError, WaveflowError
 from waveflow.files import atomic_path
-from waveflow.pretrained import zoo_recipe
+from waveflow.pretrained import zoo_models, zoo_recipe
 from waveflow.processes import check_alone
 
 if TYPE_CHECKING:
@@ -35,7 +43,7 @@ RESULT_FILE = "comparison.json"
 def compare(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Models of the zoo, such as nice or wavenet."),
+        typer.Argument(metavar="[MODEL]...", help=f"Models of the zoo: {', '.join(zoo_models())}."),
     ] = None,
     data: options.Data = None,
     recipes: Annotated[
@@ -71,7 +79,8 @@ def compare(
     All see the same segments of the same data for as long, each in a process of its
     own, and are scored on the same held speech. Differences to the first
     model are paired: their interval tells two models apart, that of a mean does not.
-    A likelihood with ≥ is a lower bound.
+    A likelihood with ≥ is a lower bound. Two densities that need no training close the
+    table: a Gaussian of fixed variance, and linear prediction.
 
     FOLDER gets compare.csv, compare.md and compare.png (extra `plot`), and a run
     for each model: FOLDER/glow is a --model. Corpora are prepared into FOLDER/cache.
@@ -207,7 +216,7 @@ def _in_own_process(job: "Job", title: str) -> "tuple[Result | None, str, bool]"
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(job, title, sender))
+    process = context.Process(target=_measure, args=(job, title, sender, faults_are_shown()))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     process.start()
     sender.close()  # so that the end of the process is the end of the pipe
@@ -223,8 +232,9 @@ def _in_own_process(job: "Job", title: str) -> "tuple[Result | None, str, bool]"
         signal.signal(signal.SIGTERM, before)
 
 
-def _measure(job: "Job", title: str, sender: "Connection") -> None:
+def _measure(job: "Job", title: str, sender: "Connection", faults_shown: bool) -> None:
     """The process of a job: sends its result, or why there is none."""
+    show_faults(faults_shown)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent hears it, and sends SIGTERM
     logging.getLogger("waveflow").handlers = [NoteHandler()]
     with until_sigterm() as stop:
@@ -237,11 +247,7 @@ def _measure(job: "Job", title: str, sender: "Connection") -> None:
         except WaveflowError as error:
             sender.send((None, " ".join(str(error).splitlines()), False))
         except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            reason = (str(error).splitlines() or [""])[0]
-            place = f"{Path(where.filename).name}, line {where.lineno}"
-            kind = type(error).__name__
-            sender.send((None, f"internal error ({kind}, {place}): {reason}", True))
+            sender.send((None, fault_line(error), True))
 
 
 @contextmanager

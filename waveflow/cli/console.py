@@ -74,6 +74,11 @@ def show_faults(wanted: bool) -> None:
     _Faults.shown = wanted
 
 
+def faults_are_shown() -> bool:
+    """Whether `show_faults` wants tracebacks."""
+    return _Faults.shown
+
+
 class _Faults:
     shown = False
 

@@ -103,6 +103,7 @@ def frameglow(config: FrameGlowConfig, mel: MelConfig) -> Flow:
 class FrameGlow(Flow):
     """A Flow whose training begins with its pitch head, which is frozen afterwards."""
 
+    phase_settings = ("pitch_steps",)
     conditioner: "FrameConditioner"
 
     def phases(self, settings: Any, teacher: Flow | None = None) -> list[Phase]:

@@ -38,6 +38,8 @@ class ParallelWaveNetConfig(FlowConfig):
 class Student(Flow):
     """Inverse autoregressive flows: one pass for a draw, a pass for each sample for a density."""
 
+    phase_settings = ("teacher",)
+
     @property
     def measure(self) -> str:
         return "negative KL"

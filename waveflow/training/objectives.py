@@ -34,13 +34,12 @@ def phases(
             segments are too short.
     """
     config = recipe.train
+    for name in ("pitch_steps", "teacher"):
+        if (value := getattr(config, name)) and name not in flow.phase_settings:
+            raise ConfigError(
+                f"{name} {value}: {recipe.model.type} has no phase that uses it; leave it out"
+            )
     first = flow.phases(config, teacher)
-    if not first:
-        for name in ("pitch_steps", "teacher"):
-            if value := getattr(config, name):
-                raise ConfigError(
-                    f"{name} {value}: {recipe.model.type} has no phase that uses it; leave it out"
-                )
     segment = config.segment_frames * recipe.mel.hop_length
     if config.energy_weight and segment < max(WINDOWS):
         raise ConfigError(
