@@ -361,10 +361,11 @@ axis.legend()
 figure, axes = plt.subplots(
     1, 2, figsize=(7, 2.6), layout="constrained", num="Change of the average spectrum, dB"
 )
+colors = {-0.5: "C0", 0.0: "0.7", 0.5: "C2", 1.0: "C3", "real": "k"}
 print("direction   amount   level   above 4 kHz   periodicity   nats per sample")
 for axis, (name, change) in zip(axes, changes.items(), strict=True):
     direction = gains[name] @ z1 - z1
-    for amount in (-0.5, 0.0, 0.5, 1.0, "real"):
+    for amount, color in colors.items():
         if amount == "real":
             wave = change(audio)
         else:
@@ -375,8 +376,8 @@ for axis, (name, change) in zip(axes, changes.items(), strict=True):
             f" {vocoder.log_prob(wave, mel).item():16.2f}"
         )
         difference = average_spectrum(wave) - average_spectrum(audio)
-        style = "k--" if amount == "real" else "-"
-        axis.plot(kilohertz, difference, style, label=str(amount), linewidth=1)
+        style = "--" if amount == "real" else "-"
+        axis.plot(kilohertz, difference, style, color=color, label=str(amount), linewidth=1)
     axis.set(title=name, xlabel="kHz", ylabel="dB", ylim=(-10, 12))
 axes[1].legend(fontsize=7, loc="lower left")
 torch.set_grad_enabled(True)
