@@ -64,6 +64,7 @@ def rate(network: nn.Module, audio: FloatArray, sample_rate: int) -> float:
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder of recordings, wav or flac.")],
     model: Annotated[str | None, typer.Option(help="Name or folder.")] = None,
+    sigma: Annotated[float | None, typer.Option(help="Standard deviation of the noise.")] = None,
     refine: Annotated[int | None, typer.Option(min=0, help="Refinement steps.")] = None,
     ids: Annotated[Path | None, typer.Option(help="List of ids to use, one a line.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws and of Griffin-Lim.")] = 0,
@@ -72,7 +73,7 @@ def main(
     """Print the mean Distill-MOS of the recordings, the model and Griffin-Lim."""
     torch.set_num_threads(1)
     try:
-        options = SynthesisOptions(seed=seed, refine=refine)
+        options = SynthesisOptions(sigma=sigma, seed=seed, refine=refine)
         files = [folder / name for name in find_files(folder, SUFFIXES)[0]]
         files = files if ids is None else select_ids(files, ids)
         vocoder = None if as_is else waveflow.load(model)

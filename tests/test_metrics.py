@@ -207,7 +207,8 @@ class NoiseVocoder:
     def _made(self, mel: Tensor, options: SynthesisOptions, steps: int) -> Tensor:
         generator = torch.Generator().manual_seed(int(options.seed))
         noise = torch.randn(mel.shape[1] * 256, generator=generator)
-        return self.refinement(0.1 * noise[None], mel[None], 2 + steps)[0]
+        sigma = 1.0 if options.sigma is None else options.sigma
+        return self.refinement(0.1 * sigma * noise[None], mel[None], 2 + steps)[0]
 
     def mel(self, audio: Tensor) -> Tensor:
         return self._spectrogram(audio)
@@ -297,6 +298,16 @@ def test_evaluate_weighs_likelihoods_by_samples(folder, monkeypatch):
     expected = share * speech_alone.log_prob_speech + (1 - share) * silence_alone.log_prob_speech
     assert both.log_prob_speech == pytest.approx(expected, rel=1e-6)
     assert both.log_prob_speech != pytest.approx(both.log_prob_draw, rel=1e-6)
+
+
+def test_likelihoods_are_of_draws_at_sigma_1(folder, monkeypatch):
+    without_packages(monkeypatch)
+    monkeypatch.setattr(copies_module, "copies", lambda vocoder, audio, options: {})
+    first, second = (
+        evaluate(NoiseVocoder(), [folder / "a.wav"], SynthesisOptions(sigma=sigma))
+        for sigma in (1.0, 0.3)
+    )
+    assert first.log_prob_draw == second.log_prob_draw
 
 
 def test_evaluate_leaves_out_and_names_what_is_not_installed(folder, monkeypatch):

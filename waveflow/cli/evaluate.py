@@ -76,7 +76,7 @@ def evaluate(
     show_table(result.table(), n_left=1)
     show(
         f"{LOWER_BOUND if result.is_bound else LOG_LIKELIHOOD}, nats per sample: "
-        f"speech {result.log_prob_speech:.4f}, own draws {result.log_prob_draw:.4f}"
+        f"speech {result.log_prob_speech:.4f}, own draws at sigma 1 {result.log_prob_draw:.4f}"
     )
     if result.draw_correlation is not None:
         show(f"correlation of two draws: {result.draw_correlation:.3f}")

@@ -207,11 +207,15 @@ class _Likelihoods(NamedTuple):
 def _likelihoods(
     vocoder: CopySynthesis, audio: FloatArray, options: SynthesisOptions
 ) -> _Likelihoods:
-    """Log-likelihood of speech and of an unrefined draw, and the correlation of two draws."""
+    """Log-likelihood of speech and of an unrefined draw, and the correlation of two draws.
+
+    Both draws are made at sigma 1, because only these are samples of the density.
+    """
     recording = torch.from_numpy(audio)
     mel = _padded_mel(vocoder, recording)
+    seed = _seed(options)
     draw, other = (
-        vocoder.draw(mel, options.changed({"seed": _seed(options) + more})).cpu() for more in (0, 1)
+        vocoder.draw(mel, SynthesisOptions(sigma=1.0, seed=seed + more)).cpu() for more in (0, 1)
     )
     # The likelihood uses whole hops only, and needs at least one.
     missing = max(0, vocoder.mel_config.hop_length - len(recording))

@@ -117,13 +117,14 @@ class Evaluation(_Result):
         n_clips: number of clips measured.
         seconds: their duration.
         seed: seed of the draws and of Griffin-Lim's first phase.
-        sigma: standard deviation of the noise of draws; None for the model's own.
+        sigma: standard deviation of the noise of copies; None for the model's own.
         rows: the systems compared.
         log_prob_speech: mean log-likelihood of the dequantised recordings, nats per audio sample.
-        log_prob_draw: the same for the model's own draws, not refined, under the same mels. If it
-            is far above `log_prob_speech`, draws are no samples of the density.
+        log_prob_draw: the same for the model's own draws at sigma 1, not refined, under the same
+            mels. If it is far above `log_prob_speech`, draws are no samples of the density.
         is_bound: whether both are lower bounds (`Flow.is_bound`).
-        draw_correlation: Pearson correlation of two draws of one mel; near 1, noise is ignored.
+        draw_correlation: Pearson correlation of two such draws of one mel; near 1, noise is
+            ignored.
         missing: columns left out because a package is not installed.
         bad_files: files left out.
     """
