@@ -268,6 +268,9 @@ def test_the_curve_averages_steps_and_knows_terms_of_a_bound(tmp_path: Path) -> 
     (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
     seconds, values = training_curve(tmp_path)
     assert seconds == pytest.approx([20, 40]) and values == pytest.approx([2, 1])
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("train,6")  # a process was killed
+    assert training_curve(tmp_path)[1] == pytest.approx([2, 1])
     assert [len(part) for part in training_curve(tmp_path / "none")] == [0, 0]
     write_picture(tmp_path / "x.png", {"a": tmp_path, "b": tmp_path / "none"}, "a machine")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
@@ -350,6 +353,20 @@ def test_a_model_that_fails_has_a_row_and_the_others_go_on(
     status, _, err = run(*args, "--recipes", odd, "-o", tmp_path / "out")
     assert here == ["bad", "small", "bad", "odd"]
     assert status == 1 and "odd: internal error (ZeroDivisionError)" in err
+
+
+@pytest.mark.parametrize("name", ["comparison.json", "metrics.csv"])
+def test_a_pipe_in_the_folder_of_a_run_is_not_read(
+    run: Run, here: list[str], cache: TrainingCache, recipe: Path, tmp_path: Path, name: str
+) -> None:
+    """It would wait for a writer for ever."""
+    args = ("--recipes", recipe, "--data", cache.folder, "--steps", 1, "-o", tmp_path / "out")
+    assert run(*args)[0] == 0
+    member = tmp_path / "out" / "small" / name
+    member.unlink()
+    os.mkfifo(member)
+    assert run(*args)[0] == 0
+    assert here == (["small", "small"] if name == "comparison.json" else ["small"])
 
 
 @pytest.mark.slow

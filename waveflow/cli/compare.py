@@ -23,8 +23,10 @@ from waveflow.cli.console import (
     show_table,
 )
 from waveflow.cli.train import described, own_folder, training_data, until_sigterm
+from waveflow.door import read_plain
 from waveflow.errors import ConfigError, WaveflowError
 from waveflow.files import atomic_path
+from waveflow.limits import DOCUMENT_BYTES
 from waveflow.pretrained import zoo_models, zoo_recipe
 from waveflow.processes import check_alone
 
@@ -195,8 +197,9 @@ def _row(job: "Job", title: str) -> "tuple[Row, bool]":
     from waveflow.training.compare_table import Row
 
     file = job.out / RESULT_FILE
-    with suppress(OSError, ValueError):
-        known = Result.model_validate_json(file.read_bytes())
+    with suppress(OSError, ValueError, ConfigError):
+        text = read_plain(file, DOCUMENT_BYTES, ConfigError, job.out)
+        known = Result.model_validate_json(text)
         if known.key == job.key():
             return Row(job.name, known), False
     result, failure, is_fault = _in_own_process(job, title)

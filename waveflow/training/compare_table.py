@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from waveflow.door import check_plain
 from waveflow.files import output_path
 from waveflow.training.compare import DRAW_SECONDS, HELD_SECONDS, Job, Result
 from waveflow.training.validation import ratio_interval
@@ -190,11 +191,13 @@ def training_curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Seconds of training and likelihood of segments, from metrics.csv, some steps averaged.
 
     Steps that a resumed run repeated count once. A model with terms of its own is trained on
-    minus its bound, their sum.
+    minus its bound, their sum. A file that cannot be read, or not to its end, gives what it has.
     """
     steps: dict[int, tuple[float, dict[str, float]]] = {}
-    with suppress(OSError), open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+    path = folder / "metrics.csv"
+    with suppress(OSError, ValueError, KeyError, TypeError, csv.Error):
+        check_plain(path, folder)
+        for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
             if row["kind"] == "train":
                 step = int(row["step"])
                 seconds, terms = steps.setdefault(step, (60 * float(row["minutes"]), {}))
