@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.manual_seed(0)
         flow = build_flow(CONFIGS.validate_python({"type": name}), config).eval()
         kept, plain = measured(flow, mel)
-        rows.append((name, f"{kept:.1f}", f"{plain:.1f}", f"{plain / kept:.0f}"))
+        rows.append((name, f"{kept:.2g}", f"{plain:.2g}", f"{plain / kept:.0f}"))
     show_table(rows)
 
 
