@@ -147,10 +147,16 @@ def test_bfloat16() -> None:
     assert 40 < signal_to_noise_db(reference, half) < 70
 
 
-def test_without_onednn_torchs_own_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "_HAS_ONEDNN", False)
+@pytest.mark.parametrize(
+    ("has_onednn", "dtype"), [(False, torch.float32), (True, torch.float16), (True, torch.float64)]
+)
+def test_without_onednn_torchs_own_products_are_taken(
+    has_onednn: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU with bfloat16 may lack float16, and no oneDNN multiplies float64."""
+    monkeypatch.setattr(product, "_HAS_ONEDNN", has_onednn)
     monkeypatch.setattr(product, "_shortest", lambda *_: [1.0, 2.0])
-    assert not product.onednn_pays.__wrapped__(torch.float32, 1)
+    assert not product.onednn_pays.__wrapped__(dtype, 1)
 
 
 def test_small_singular_values_are_kept() -> None:

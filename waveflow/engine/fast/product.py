@@ -72,9 +72,9 @@ def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @cache
 def onednn_pays(dtype: torch.dtype, n_threads: int) -> bool:
     """Whether oneDNN computes products faster than torch's own routine on so many threads."""
-    if not _HAS_ONEDNN:
+    if not _HAS_ONEDNN or dtype not in (torch.float32, torch.bfloat16):
         return False
-    if dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     n_rows, k, n = _PROBE_SIZES
     rows, weight = torch.ones(n_rows, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
