@@ -308,8 +308,8 @@ WRONG: dict[str, tuple[FlowConfig, MelConfig, str]] = {
         MEL.model_copy(update={"win_length": 128}),
         "teacher .* has other mel settings than the recipe: win_length 128, not 256",
     ),
-    "mixture": (WAVENET.model_copy(update={"head": "mixture"}), MEL, "is no WaveNet with a Gauss"),
-    "other type": (WAVEGLOW, MEL, "teacher .* is no WaveNet with a Gaussian head: give such a one"),
+    "mixture": (WAVENET.model_copy(update={"head": "mixture"}), MEL, "give a WaveNet with a Gauss"),
+    "other type": (WAVEGLOW, MEL, "teacher .*: give a WaveNet with a Gaussian head"),
 }
 
 

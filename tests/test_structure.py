@@ -115,6 +115,14 @@ def test_imports_go_down_the_levels() -> None:
     assert [line for item in TREES.items() for line in broken_levels(*item)] == []
 
 
+def test_a_model_is_a_page() -> None:
+    """WaveGlow and FrameGlow, which came before the zoo, are longer."""
+    longer = {"frameglow.py", "waveglow.py", "registry.py"}
+    pages = {path for path in (ROOT / "models").glob("*.py") if path.name not in longer}
+    assert len(pages) > 10
+    assert not [path.name for path in pages if len(path.read_text().splitlines()) > 120]
+
+
 def test_no_torchaudio() -> None:
     assert [path for path, tree in TREES.items() if "torchaudio" in packages(imported(tree))] == []
 

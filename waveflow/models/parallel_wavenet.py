@@ -24,8 +24,7 @@ class ParallelWaveNetConfig(FlowConfig):
 
     Attributes:
         hidden_channels: as in `WaveNetConfig` (papers: 64).
-        flow_layers: of each flow, from the noise on; dilations 1, 2, .. 512, 1, .. (Parallel
-            WaveNet: 10, 10, 10, 30).
+        flow_layers: of each flow, from the noise on; dilations 1 .. 512 (paper: 10, 10, 10, 30).
         n_features: of the mel.
     """
 
@@ -49,8 +48,7 @@ class Student(Flow):
             raise ConfigError("a student learns from a trained WaveNet: name it as the `teacher`")
         step = teacher.bijection
         if not (isinstance(step, OverTime) and isinstance(step.map, Affine)):
-            name = settings.teacher
-            raise ConfigError(f"teacher {name} is no WaveNet with a Gaussian head: give such a one")
+            raise ConfigError(f"teacher {settings.teacher}: give a WaveNet with a Gaussian head")
         distillation = Distillation(self, teacher, settings.precision)
         return [Phase("distillation", math.inf, distillation, distillation.score)]
 
