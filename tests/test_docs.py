@@ -72,6 +72,7 @@ def test_the_code_of_readme_and_pages_runs(tmp_path: Path, monkeypatch: pytest.M
     vocoder = waveflow.load()
     mel = vocoder.mel(torch.from_numpy(make_voice(0.5)))
     names = {
+        "audio": torch.from_numpy(make_voice(0.5)),
         "mel": mel,
         "mels": torch.stack([mel, mel]),
         "frames": torch.tensor([mel.shape[1], 20]),
@@ -80,11 +81,11 @@ def test_the_code_of_readme_and_pages_runs(tmp_path: Path, monkeypatch: pytest.M
     }
     blocks = [
         block
-        for page in ("README.md", "docs/using.md", "docs/flows.md")
+        for page in ("README.md", "docs/index.md", "docs/using.md", "docs/flows.md")
         for block in code_blocks(ROOT / page)
         if 'device="cuda"' not in block
     ]
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(block, names | {"__name__": "block"})
     wav, _ = soundfile.read("out.wav")

@@ -171,9 +171,11 @@ class Flow(nn.Module):
         It is the conditioner's state and the audio that is made already.
 
         Args:
-            mel, lengths, state: of this window.
+            mel: of this window.
+            lengths: of this window's items.
+            state: of this window.
             n_frames: see `Conditioner.carry`.
-            audio: (B, T), what `decode` has made of this window and what is final of it.
+            audio: (B, T), the final part of what `decode` made of this window.
         """
         of_conditioner = None if state is None else state[0]
         if n_frames:

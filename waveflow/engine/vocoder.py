@@ -228,7 +228,8 @@ class Vocoder:
 
         Args:
             mels: the pieces (M, f), f >= 1; may be slow.
-            options, changes: as `__call__`.
+            options: as `__call__`.
+            changes: as `__call__`.
             least_frames: final frames to wait for before the next piece. Fewer mean less delay
                 and more work, since each piece computes its context again: about `look_ahead`
                 frames on each side. Default: `look_ahead`.
