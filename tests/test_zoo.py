@@ -12,6 +12,8 @@ import waveflow
 from waveflow.audio.mel import MelConfig
 from waveflow.bijections import Affine, Autoregressive, BatchNorm, OverChannels, OverTime
 from waveflow.checkpoint import ModelConfig, save_checkpoint
+from waveflow.engine.decoder import make_decoder
+from waveflow.engine.fast import product
 from waveflow.engine.vocoder import Vocoder
 from waveflow.models.registry import build_flow
 from waveflow.nn.causal_wavenet import CausalWaveNet
@@ -63,6 +65,18 @@ def test_a_padded_item_gets_what_it_gets_alone(vocoder: Vocoder) -> None:
     likelihood = flow(audio, mel, torch.tensor([6, 4]))
     alone = flow(audio[1:, : 4 * HOP], mel[1:, :, :4])
     torch.testing.assert_close(likelihood[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [True, False], ids=["oneDNN", "torch's own"])
+def test_the_engine_makes_what_the_flow_makes(
+    vocoder: Vocoder, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By both routines of a product, whichever is faster here."""
+    monkeypatch.setattr(product, "onednn_pays", lambda *_: packed)
+    z, mel = vocoder.flow.noise(4, [0]), random_mel(4)[None]
+    audio = make_decoder(vocoder.flow)(z, mel)
+    torch.testing.assert_close(audio, vocoder.flow.decode(z, mel), rtol=0, atol=1e-5)
 
 
 def test_a_stream_equals_the_whole(vocoder: Vocoder) -> None:
