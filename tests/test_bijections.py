@@ -519,6 +519,14 @@ def test_check_bijection_finds_a_context_that_is_too_small() -> None:
         check_bijection(coupling, x, cond)
 
 
+@pytest.mark.parametrize("context", [1, (1, 0, 0), (-1, 0)])
+def test_check_bijection_refuses_a_context_that_is_none(context: object) -> None:
+    step = Permute([1, 0])
+    step.context = context  # type: ignore[assignment]
+    with pytest.raises(ContractError, match="declares the context"):
+        check_bijection(step, torch.randn(1, 2, 4))
+
+
 def test_check_bijection_finds_a_stream_that_forgets_too_much() -> None:
     torch.manual_seed(0)
 

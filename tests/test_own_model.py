@@ -105,6 +105,33 @@ def test_it_trains_saves_loads_and_resumes(tiny_corpus: Path, tmp_path: Path) ->
     assert main(["info", str(run)]) == 0
 
 
+def test_training_refuses_a_model_that_could_never_speak(
+    tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = tmp_path / "toy.toml", tmp_path / "run"
+    recipe.write_text(RECIPE.replace('type = "toy"', 'type = "toy"\ndeclares = false'))
+    assert main(["train", str(recipe), "--data", str(tiny_corpus), "--out", str(run)]) == 2
+    assert "ToyNetwork declares no context" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"channels": 4}, r"4 samples a frame, the mel has 16: give Flow\(\.\.\., hop_length="),
+        ({"hop_length": 16}, r"1 channels, its bijection squeezes by 4: give .* channels=4"),
+    ],
+)
+def test_a_flow_that_does_not_fit_the_mel_is_refused(
+    sizes: dict[str, int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def builder(config: ToyConfig, mel: MelConfig) -> Flow:
+        return Flow(Chain(Squeeze(4)), **sizes)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(registry._registered, "toy", (ToyConfig, builder))
+    with pytest.raises(ConfigError, match=message):
+        build_flow(ToyConfig(), MEL)
+
+
 def test_a_type_that_nobody_registered_is_named(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

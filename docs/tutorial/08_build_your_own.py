@@ -13,8 +13,8 @@
 #     python docs/tutorial/08_build_your_own.py
 #
 # For a flow of your own, copy the script and `docs/tutorial/my_flow.py` into one folder and
-# change both. In the script these are the names that it imports, the recipe's `type` and sizes,
-# and the line that prints mu.
+# change both. In the script, change the step and its config wherever they appear (the import,
+# `check_bijection`, the small config), the recipe's `type` and sizes, and the line that prints mu.
 #
 # ## 1. An idea
 #
@@ -31,7 +31,7 @@
 # - `forward(x, cond)` returns z and the log-determinant, one number for each item of the batch;
 # - `inverse(z, cond)` returns x and the log-determinant of this direction;
 # - `context` says how many positions to the left and right a result depends on. Here there are
-#   none. It has no default: a model whose step declares none is refused when it first speaks.
+#   none. It has no default: a training refuses a model whose step declares none.
 #
 # A step that treats each sample by itself has a diagonal Jacobian. So its log-determinant is the
 # sum of log dz/dx over all samples. `sum_log_det` adds them up, and leaves out the padding of a
@@ -131,6 +131,9 @@ print(f"log log(1 + mu):          {torch.tensor(17.0).log().log().item():.4f}")
 #   others and the mel's features.
 # - The last step is a coupling without a passive part: the mel alone gives a level and a shift.
 #   Mels tell how loud speech is; without this step the couplings would have to learn it.
+# - `Flow` is told how many samples a vector and a mel frame have, `channels` and `hop_length`.
+# - The map of a coupling, here `Affine`, can be yours too: `n_params`, and `forward(x, params)` and
+#   `inverse(z, params)`, which return the log-slope of each sample (`bijections/elementwise.py`).
 #
 # Now the step passes, also in a padded batch: the mask says that the second item has only 4 of 6
 # positions.
@@ -149,7 +152,8 @@ check_bijection(MuLaw(16.0), 0.3 * torch.randn(2, 4, 6), cond)
 
 # %% [markdown]
 # The whole model is a bijection too, so the same function proves it. New networks here give
-# zeros; random weights test more.
+# zeros; random weights test more. The condition stays: 24 samples are 6 vectors of 4, and 3 is
+# `n_features`.
 
 # %%
 small = MuLawConfig(squeeze_factor=4, n_flows=2, hidden_channels=8, n_features=3)
@@ -165,11 +169,14 @@ print(f"errors below 1e-6: {max(report[:2]) < 1e-6}")
 print("it looks at samples around it:", tuple(report.context))
 
 # %% [markdown]
+# Two couplings, whose networks see 2 vectors of 4 samples on each side, look at 16 samples.
+#
 # ## 4. Train it
 #
 # Any folder of recordings will do. A fresh clone has none, but it has a model that speaks, and
 # one mel. So we let it say a second of a sentence four times, each time with other noise. We work
-# in an empty folder with a random name; give `os.chdir` a folder of yours to find the run again.
+# in an empty folder with a random name. Give `os.chdir` a folder of yours to find the run again;
+# a second run of the script then needs an empty one.
 
 # %%
 os.chdir(tempfile.mkdtemp())
@@ -222,9 +229,12 @@ print("exit status:", status)
 # %% [markdown]
 # On a command line, where `FOLDER` is the one that holds `my_flow.py`, the training is
 #
-#     PYTHONPATH=FOLDER python -c \
+#     PYTHONPATH=FOLDER:$PYTHONPATH python -c \
 #         "import sys, my_flow; from waveflow.cli.main import main; sys.exit(main())" \
 #         train recipe.toml --data data --out run
+#
+# The same line serves every command. `compare nice --recipes recipe.toml --steps 200 --data data`
+# trains your flow beside one of ours and prints a table.
 #
 # A run is resumed with `--resume`, and stops after `--max-minutes`. A real training takes hours;
 # these few steps only show that everything works.
@@ -245,6 +255,8 @@ print(f"log-likelihood of clip3: {before:.2f} before, {mine.log_prob(audio, mel)
 print(f"mu: 16.00 before, {mine.flow.bijection[1].log_mu.exp().item():.2f} after")
 draw = mine(mel, refine=0)
 print("a draw:", tuple(draw.shape), "samples, finite:", bool(draw.isfinite().all()))
+pieces = list(mine.stream(mel.split(20, dim=1), refine=0))
+print("a stream equals the whole:", torch.allclose(torch.cat(pieces), draw, atol=1e-5))
 
 # %% [markdown]
 # Save and load are exact: the same weights, and the same likelihood.
@@ -258,7 +270,8 @@ print("equal:", torch.equal(copy.log_prob(audio, mel), mine.log_prob(audio, mel)
 # ## 6. Keep it
 #
 # - In a project of your own, import the file before you train or load.
-# - In this repository, put the file into `waveflow/models/`; it is then found by itself. Put a
+# - In this repository, put the file into `waveflow/models/`; it is then found by itself. A recipe
+#   `recipes/zoo/NAME.toml` gives `waveflow compare` its name. Put a
 #   new bijection into a file of its own in `waveflow/bijections/`. Add a small config to
 #   `tests/small_models.py`, and the tests of all models (padded batches, streams, checkpoints,
 #   `check_bijection`) run on yours.

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ def check_bijection(
     It checks that `inverse` undoes `forward`; that both log-determinants are (B,), opposite, and
     equal to those of the Jacobian; that no item and no padding reaches another item; that
     nothing outside the declared context does; and that `inverse_after` goes on as `inverse` would.
-    A bijection that declares no context is checked for all the rest.
+    A bijection that declares no context is checked for all the rest; training refuses it.
 
     Args:
         bijection: it is copied, and stays as it is.
@@ -199,8 +200,11 @@ def _check_padding(
 def _check_declared(bijection: Bijection, attribute: str, found: Context) -> None:
     try:
         declared = context_of(bijection) if attribute == "context" else bijection.inverse_context
-    except ConfigError:
-        return  # windows and streams refuse it by name
+    except ConfigError as error:
+        with suppress(ConfigError):
+            if getattr(bijection, "context", None) is not None:
+                raise ContractError(str(error)) from error
+        return  # it declares none: training, windows and streams refuse it by name
     if found.left > declared[0] or found.right > declared[1]:
         raise ContractError(
             f"{type(bijection).__name__}: {attribute} is declared as {tuple(declared)}, but the "

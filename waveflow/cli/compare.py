@@ -53,7 +53,8 @@ def compare(
         typer.Option(
             "--recipes",
             metavar="FILE",
-            help="A recipe of yours, a row named as the file; may be repeated.",
+            help="A recipe of yours, a row named as the file; may be repeated. A type of your own "
+            "must be imported first (docs/tutorial/08_build_your_own.md).",
         ),
     ] = None,
     minutes: Annotated[

@@ -86,14 +86,27 @@ def build_flow(config: FlowConfig, mel: MelConfig, budget: Budget | None = None)
         budget: how large it may become; None for the limits of `waveflow.limits`.
 
     Raises:
-        ConfigError: nothing has registered this type, its builder refuses the config, or the
-            flow would be larger than the limits. A budget of its own raises its own error.
+        ConfigError: nothing has registered this type, its builder refuses the config, the flow
+            does not fit the mel, or it would be larger than the limits. A budget of its own
+            raises its own error.
     """
     _import_models()
     if config.type not in _registered:
         raise ConfigError(_unknown(config.type))
     with budget or Budget.of_table():
-        return _registered[config.type][1](config, mel)
+        flow = _registered[config.type][1](config, mel)
+    if flow.hop_length != mel.hop_length:
+        raise ConfigError(
+            f"type {config.type!r} builds a flow of {flow.hop_length} samples a frame, the mel has "
+            f"{mel.hop_length}: give Flow(..., hop_length=mel.hop_length)"
+        )
+    squeezed = getattr(flow.bijection, "factor", flow.channels)
+    if flow.channels != squeezed:
+        raise ConfigError(
+            f"type {config.type!r} builds a flow of {flow.channels} channels, its bijection "
+            f"squeezes by {squeezed}: give Flow(..., channels={squeezed})"
+        )
+    return flow
 
 
 def _parse(value: Any) -> Any:

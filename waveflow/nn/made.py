@@ -99,8 +99,7 @@ class MADE(nn.Module):
         self, x: Tensor, features: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, ...]:
         """What the condition adds to each of the three layers, (B, L, units)."""
-        # By their weights, because a decoder's stand-ins of the layers have no sizes.
-        sizes = [len(layer.weight) for layer in (self.enter, self.middle, self.leave)]
+        sizes = [layer.out_features for layer in (self.enter, self.middle, self.leave)]
         if self.condition is None or features is None:
             return tuple(x.new_zeros(()).expand(len(x), x.shape[2], n) for n in sizes)
         return self.condition(zero_padding(features, mask).transpose(1, 2)).split(sizes, 2)

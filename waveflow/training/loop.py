@@ -21,6 +21,7 @@ from torch import Tensor
 
 from waveflow.audio.mel import MelSpectrogram
 from waveflow.checkpoint import Provenance, load_weights
+from waveflow.context import context_of
 from waveflow.data.cache import TrainingCache
 from waveflow.data.segments import Prefetch, SegmentSampler
 from waveflow.errors import DataError, DivergedError
@@ -117,6 +118,7 @@ class Trainer:
         self.recipe, self.cache, self.device = recipe, cache, torch.device(device)
         self.folder = RunFolder(out, recipe, cache)
         self.flow = build_flow(recipe.model, recipe.mel).to(self.device)
+        context_of(self.flow)  # without a context it could be trained, but never speak
         if init is not None:
             load_weights(self.flow, init[1], init[0])
         goes_on = resume and on_main(self.folder.has_checkpoints)

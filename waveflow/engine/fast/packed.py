@@ -27,6 +27,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
+        # A network may ask its layers for their sizes.
+        self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
         self._product: Product | None = None
