@@ -293,6 +293,7 @@ def test_a_table_is_printed_saved_resumed_and_skipped(
     assert "torch" in lines[0] and lines[1].split()[0] == "model"
     assert [line.split()[0] for line in lines[2:6]] == ["small", "wide", "Gaussian", "linear"]
     assert "2 steps of each model" in text and "3 validation clips" in text
+    assert "not trained enough to say much: small, wide." in text
     saved = (out / "compare.csv").read_text().splitlines()
     assert saved[0] == f"# {lines[0]}"
     rows = list(csv.DictReader(saved[1:]))

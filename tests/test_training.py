@@ -39,6 +39,7 @@ from waveflow.data.cache import TrainingCache
 from waveflow.data.segments import Prefetch
 from waveflow.errors import CheckpointError, ConfigError, DataError
 from waveflow.flow import Flow
+from waveflow.models.realnvp import RealNVPConfig
 from waveflow.objective import Batch, Loss, Share
 from waveflow.training import loop
 from waveflow.training.config import Recipe, read_recipe
@@ -166,6 +167,16 @@ def test_pitch_steps_train_the_head_and_nothing_else(
         assert names
         assert not any(name.startswith("conditioner.pitch.") for name in names)
     assert_same(tensors_of(trainer), tensors_of(finished))  # a run repeats, too
+
+
+def test_a_flow_with_batch_norm_is_not_averaged(cache: TrainingCache, tmp_path: Path) -> None:
+    """Averaged weights would not fit its running moments."""
+    settings = recipe(pitch_steps=0, energy_weight=0.0, calibration_weight=0.0)
+    model = RealNVPConfig(squeeze_factor=4, n_scales=1, n_flows=1, hidden_channels=4)
+    trainer = Trainer(settings.model_copy(update={"model": model}), cache, tmp_path / "run")
+    for _ in range(3):
+        trainer._train_step()
+    assert_same(trainer.average, trainer.flow.state_dict())
 
 
 def test_averages_follow_the_weights_slowly_once_they_are_old(

@@ -30,6 +30,8 @@ DRAW_SECONDS = 0.25
 # A speed is measured for at least so long.
 TIMED_SECONDS = 1.0
 PREDICTION_ORDER = 16
+# A density without training, and its row.
+GAUSSIAN = "Gaussian of fixed variance"
 NEVER = 10**12
 
 
@@ -227,7 +229,7 @@ def references(cache: TrainingCache, recipe: Recipe) -> list[Result]:
         raise DataError(f"{cache.folder} has no validation clips: keep some in val.txt")
     held = list(held_speech(cache, MelSpectrogram(recipe.mel)))
     return [
-        linear_prediction("Gaussian of fixed variance", cache, held, 0),
+        linear_prediction(GAUSSIAN, cache, held, 0),
         linear_prediction(f"linear prediction, {PREDICTION_ORDER}", cache, held, PREDICTION_ORDER),
     ]
 

@@ -12,7 +12,7 @@ import torch
 
 from waveflow.door import check_plain
 from waveflow.files import output_path
-from waveflow.training.compare import DRAW_SECONDS, HELD_SECONDS, Job, Result
+from waveflow.training.compare import DRAW_SECONDS, GAUSSIAN, HELD_SECONDS, Job, Result
 from waveflow.training.validation import ratio_interval
 
 # Values that the loop logs beside the terms of a loss.
@@ -138,6 +138,10 @@ def notes(rows: Sequence[Row], job: Job, sample_rate: int) -> list[str]:
         "CPU thread by the CPU's clock); trained s/s: seconds of audio a second of training.",
         "Memory: growth of the training process's own memory beyond Python, torch and data.",
     ]
+    means = {row.name: estimate(row.result).mean for row in rows if row.result is not None}
+    trained = [row.name for row in rows if row.result is not None and row.result.steps is not None]
+    if young := [name for name in trained if means[name] < means.get(GAUSSIAN, -math.inf)]:
+        lines.append(f"Below the Gaussian, so not trained enough to say much: {', '.join(young)}.")
     return [*lines, *(f"{row.name} failed: {row.failure}" for row in rows if row.failure)]
 
 

@@ -45,7 +45,8 @@ class TrainConfig(BaseModel):
             name that fits counts; 0 freezes. For fine-tuning:
             `{conditioner = 0.1, "bijection.steps.1" = 0}`.
         clip_norm: largest norm of the gradient; inf clips nothing.
-        ema_decay: of the running mean of the weights, which is validated and shipped.
+        ema_decay: of the running mean of the weights, which is validated and shipped. Models with
+            the step `BatchNorm` are not averaged.
         seed: of initial weights, data order and noise.
         validate_every, checkpoint_every: in steps.
         patience: the run ends after this many validations without a better likelihood; 0: never.

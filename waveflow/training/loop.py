@@ -39,7 +39,12 @@ from waveflow.training.distributed import (
 from waveflow.training.log import MetricsLog
 from waveflow.training.machine import choose_recompute, compile_networks
 from waveflow.training.objectives import phases
-from waveflow.training.optimizer import learning_rate, make_optimizer, update_average
+from waveflow.training.optimizer import (
+    decay_of_average,
+    learning_rate,
+    make_optimizer,
+    update_average,
+)
 from waveflow.training.run_folder import (
     RunFolder,
     Saved,
@@ -238,7 +243,8 @@ class Trainer:
         values["gradient_norm"] = norm.item()
         if all(math.isfinite(value) for value in values.values()):
             self.optimizer.step()
-            update_average(self.average, self.flow, config.ema_decay, self.step)
+            decay = decay_of_average(self.flow, config.ema_decay)
+            update_average(self.average, self.flow, decay, self.step)
             self.skipped_in_row = 0
         else:
             self.skipped += 1
