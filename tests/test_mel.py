@@ -146,7 +146,7 @@ def test_filterbank_against_librosa(mel_scale, norm, rate, n_fft, n_mels, f_min,
     np.testing.assert_allclose(mel_center_hz(config), centers, rtol=1e-12)
 
 
-@pytest.mark.parametrize("preset", MEL_PRESETS)
+@pytest.mark.parametrize("preset", ["nvidia", "hifigan"])
 @pytest.mark.parametrize("n_samples", [1, 100, 255, 256, 384, 385, 512, 513, 1000, 2560])
 def test_every_length_gives_its_frames(preset, n_samples):
     config = MEL_PRESETS[preset]
@@ -162,7 +162,8 @@ def test_every_length_gives_its_frames(preset, n_samples):
 @pytest.mark.parametrize(
     "config",
     [
-        *MEL_PRESETS.values(),
+        MEL_PRESETS["nvidia"],
+        MEL_PRESETS["hifigan"],
         MelConfig(sample_rate=22050, n_fft=1024, win_length=400, hop_length=200, padding="hop"),
         MelConfig(sample_rate=22050, n_fft=1024, win_length=400, hop_length=160, padding="center"),
         MelConfig(sample_rate=22050, n_fft=2048, win_length=1200, hop_length=300, padding="center"),
@@ -192,7 +193,7 @@ def test_half_precision_and_autocast_compute_in_float32():
     torch.testing.assert_close(under_autocast, spectrogram(audio), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("preset", MEL_PRESETS)
+@pytest.mark.parametrize("preset", ["nvidia", "hifigan"])
 @pytest.mark.parametrize("power", [1, 2])
 def test_gradient(preset, power):
     config = MEL_PRESETS[preset].model_copy(update={"power": power})
