@@ -1,4 +1,4 @@
-"""Conventions of mel spectrograms: names for them, and telling one by its values.
+"""Telling the convention of a mel spectrogram by its values.
 
 A mel of speech shows its convention in four ways. From frame to frame the noise in it moves by an
 amount that depends on the bands alone, so its movement tells the logarithm's base, whatever the
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from waveflow.audio.conversion import spectral_density
 from waveflow.audio.mel import MelSpectrogram, mel_center_hz, unit_of_log
-from waveflow.audio.mel_config import MEL_PRESETS, MelConfig
-from waveflow.errors import ConfigError, MelMismatchError
+from waveflow.audio.mel_config import MelConfig
+from waveflow.audio.mel_names import NATIVE, SCALES, convention_named
+from waveflow.errors import MelMismatchError
 
 # A mel that other conventions explain better is foreign only if it has this many frames, by this
 # much, and if it is like speech at all. Own mels of 64 frames lost by 4.5 at most, of 24 by 14;
@@ -30,8 +31,6 @@ _LEAST, _GREATEST = -24.0, 8.0
 # No more frames are looked at.
 _MOST_FRAMES = 600
 _FEWEST_TO_FIND = 24
-# Names that are no convention by themselves.
-AUTO, NATIVE = "auto", "native"
 # Of 30 clips of five voices: movement over that of noise; from the 5 % to the 99 % quantile of the
 # level; the latter; and the mean spectrum of the louder half of the frames, over its mean. Levels
 # are ln densities.
@@ -50,22 +49,6 @@ _FLOOR_BONUS = 4.0
 _MOST_FOR_SMOOTH = 5.0
 # No system's floor is lower than 1e-10.
 _LEAST_LOGARITHM = -23.1
-
-# Scales in which any mel may come, by name: changes of a MelConfig.
-SCALES: dict[str, dict[str, object]] = {
-    "log10": {"log": "10"},
-    "log2": {"log": "2"},
-    "db": {"log": "db"},
-    "linear": {"log": "none"},
-    # Decibels, reference 20 dB, range 100 dB, as Tacotron's and Coqui's preprocessing scale them.
-    "to-4": {"log": "db", "scale": 0.08, "offset": 2.4, "clip": (-4.0, 4.0)},
-    "to-1": {"log": "db", "scale": 0.02, "offset": 0.6, "clip": (-1.0, 1.0)},
-    "to-01": {"log": "db", "scale": 0.01, "offset": 0.8, "clip": (0.0, 1.0)},
-    "power": {"power": 2},
-    "no-norm": {"norm": None},
-    "int16": {"gain": 32768.0},
-}
-
 
 # Scales by figures of their own, which a mel does not tell; with typical ones, to know them by.
 _UNTOLD: dict[str, dict[str, object]] = {
@@ -88,32 +71,6 @@ class Reading(NamedTuple):
     name: str
     config: MelConfig
     score: float
-
-
-def convention_named(name: str, own: MelConfig) -> MelConfig:
-    """The settings of a convention.
-
-    Args:
-        name: of a preset; of scales of a model's own mel, joined by commas ("power,log10"); or
-            "native", that mel itself.
-        own: the model's mel.
-
-    Raises:
-        ConfigError: no such name.
-    """
-    if name == NATIVE:
-        return own
-    if name in MEL_PRESETS:
-        return MEL_PRESETS[name]
-    changes: dict[str, object] = {}
-    for scale in name.split(","):
-        if scale not in SCALES:
-            raise ConfigError(
-                f"no convention {name!r}: give {AUTO}, {NATIVE}, one of {', '.join(MEL_PRESETS)}, "
-                f"or of the scales {', '.join(SCALES)}"
-            )
-        changes |= SCALES[scale]
-    return MelConfig.model_validate(own.model_dump() | changes)
 
 
 def readings_of(own: MelConfig) -> dict[str, MelConfig]:
@@ -146,7 +103,7 @@ def find_convention(mel: NDArray[np.floating], own: MelConfig) -> Reading:
     if best.name in _UNTOLD:
         raise MelMismatchError(
             f"this mel looks normalised to {best.name}, and does not tell the figures: undo it, or "
-            "give a MelConfig with its scale and offset as the convention"
+            "give them as its convention, FILE.toml with scale and offset"
         )
     if best.score < _LIKE_SPEECH - _CLEARLY:
         raise MelMismatchError("this mel is not like speech in any convention: name its convention")
@@ -182,7 +139,7 @@ def foreign_words(mel: NDArray[np.floating], own: MelConfig) -> str:
     if best.name in _UNTOLD:
         return (
             f"this mel looks normalised to {best.name}, and models take natural logarithms: undo "
-            f"it, or give --convention {NATIVE} if it is right as it is"
+            f"it or give --convention FILE.toml with scale and offset, or {NATIVE} if it is right"
         )
     return (
         f"this mel looks like {best.name}, not like natural logarithms of magnitudes: give "
@@ -217,7 +174,12 @@ def _prior(name: str, mel: NDArray[np.float64]) -> float:
         low, high = float(mel.min()), float(mel.max())
         if name.startswith("["):
             ends = {"[0": (0.0, 1.0), "[-1": (-1.0, 1.0), "[-4": (-4.0, 4.0)}[name.split(",")[0]]
-            return _FLOOR_BONUS if np.allclose((low, high), ends, atol=1e-3) else -math.inf
+            # By its own ends: each is one value, where a clipped scale has many.
+            once = max((mel == low).sum(), (mel == high).sum()) <= 2
+            own_ends = once and np.allclose((low, high), ends, atol=1e-3)
+            return 2 * _FLOOR_BONUS if own_ends else -math.inf
+        if abs(mel.mean(1)).max() < 0.02 and abs(mel.std(1) - 1).max() < 0.02:
+            return 5 * _FLOOR_BONUS  # band by band, which leaves no spectrum to look at
         normal = abs(mel.mean()) < 0.02 and abs(mel.std() - 1) < 0.02
         return _FLOOR_BONUS if normal else -1.0
     return 1.0 if name == NATIVE else -1.5 if "," in name else 0.0
