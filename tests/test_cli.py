@@ -35,6 +35,8 @@ VERBS = (
     "vocode",
     "resynth",
     "mel",
+    "convert-mel",
+    "doctor",
     "denoise",
     "prepare",
     "train",

@@ -8,7 +8,7 @@ times over.
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,10 +26,11 @@ from waveflow.errors import MelMismatchError
 FEWEST_FRAMES = 64
 _CLEARLY = 6.0
 _LIKE_SPEECH = -12.0
+_SURELY_OWN = -7.0
 # Natural logarithms of magnitudes of audio in [-1, 1] are between these.
 _LEAST, _GREATEST = -24.0, 8.0
 # No more frames are looked at.
-_MOST_FRAMES = 600
+_MOST_FRAMES = 300
 _FEWEST_TO_FIND = 24
 # Of 30 clips of five voices: movement over that of noise; from the 5 % to the 99 % quantile of the
 # level; the latter; and the mean spectrum of the louder half of the frames, over its mean. Levels
@@ -49,6 +50,8 @@ _FLOOR_BONUS = 4.0
 _MOST_FOR_SMOOTH = 5.0
 # No system's floor is lower than 1e-10.
 _LEAST_LOGARITHM = -23.1
+
+_Float = TypeVar("_Float", bound=np.floating)
 
 # Scales by figures of their own, which a mel does not tell; with typical ones, to know them by.
 _UNTOLD: dict[str, dict[str, object]] = {
@@ -84,8 +87,6 @@ def readings_of(own: MelConfig) -> dict[str, MelConfig]:
 def find_convention(mel: NDArray[np.floating], own: MelConfig) -> Reading:
     """The convention that a mel of speech with a model's bands is in.
 
-    Of 30 clips of five voices, at gains 0.1, 1 and 4, in 23 scales, 98 % were named rightly.
-
     Args:
         mel: (n_mels, F), finite.
         own: the model's convention.
@@ -94,9 +95,10 @@ def find_convention(mel: NDArray[np.floating], own: MelConfig) -> Reading:
         MelMismatchError: it is too short to tell, is no speech, or was normalised by figures that
             it does not tell.
     """
-    if mel.shape[1] < _FEWEST_TO_FIND:
+    n_frames = _speech(mel).shape[1]
+    if n_frames < _FEWEST_TO_FIND:
         raise MelMismatchError(
-            f"{mel.shape[1]} frames do not tell their convention: give {_FEWEST_TO_FIND} or more, "
+            f"{n_frames} frames do not tell their convention: give {_FEWEST_TO_FIND} or more, "
             "or its name"
         )
     best = _ranked(mel, own)[0]
@@ -119,15 +121,18 @@ def foreign_words(mel: NDArray[np.floating], own: MelConfig) -> str:
         mel: (n_mels, F), finite.
         own: the model's convention.
     """
-    low, high = float(mel.min()), float(mel.max())
+    speech = _speech(mel)
+    if not speech.size:
+        return ""
+    low, high = float(speech.min()), float(speech.max())
     impossible = low < _LEAST or low >= 0 or high > _GREATEST
     best = None
-    if mel.shape[1] >= (_FEWEST_TO_FIND if impossible else FEWEST_FRAMES):
-        ranked = _ranked(mel, own)
-        native = next(reading for reading in ranked if reading.name == NATIVE)
-        best = ranked[0]
-        clearly = best.score > max(_LIKE_SPEECH, native.score + _CLEARLY)
-        if not clearly:
+    if speech.shape[1] >= (_FEWEST_TO_FIND if impossible else FEWEST_FRAMES):
+        native = rank(mel, {NATIVE: own})[0].score
+        if native > _SURELY_OWN and not impossible:
+            return ""  # no other could be clearly better: spares the time of asking
+        best = _ranked(mel, own)[0]
+        if best.score <= max(_LIKE_SPEECH, native + _CLEARLY):
             best = None
     if best is None:
         if not impossible:
@@ -161,12 +166,20 @@ def rank(mel: NDArray[np.floating], configs: dict[str, MelConfig]) -> list[Readi
         mel: (n_mels, F), finite, F >= 3.
         configs: conventions to compare, with as many bands.
     """
-    values = np.asarray(mel, np.float64)[:, :_MOST_FRAMES]
+    values = np.asarray(mel, np.float64)
+    speech = _speech(values)[:, :_MOST_FRAMES]
+    if speech.shape[1] < 3:
+        speech = values
     found = [
-        Reading(name, config, _score(values, config) + _prior(name, values))
+        Reading(name, config, float(_score(speech, config) + _prior(name, values)))
         for name, config in configs.items()
     ]
     return sorted(found, key=lambda reading: -reading.score)
+
+
+def _speech(mel: NDArray[_Float]) -> NDArray[_Float]:
+    """The mel without frames of one value: silence, padding or a denoiser's question."""
+    return mel[:, mel.min(0) < mel.max(0)]
 
 
 def _prior(name: str, mel: NDArray[np.float64]) -> float:
@@ -181,7 +194,7 @@ def _prior(name: str, mel: NDArray[np.float64]) -> float:
         if abs(mel.mean(1)).max() < 0.02 and abs(mel.std(1) - 1).max() < 0.02:
             return 5 * _FLOOR_BONUS  # band by band, which leaves no spectrum to look at
         normal = abs(mel.mean()) < 0.02 and abs(mel.std() - 1) < 0.02
-        return _FLOOR_BONUS if normal else -1.0
+        return _FLOOR_BONUS if normal else -3.0
     return 1.0 if name == NATIVE else -1.5 if "," in name else 0.0
 
 

@@ -5,6 +5,8 @@ edges' padding (`padding`, `pad_mode`, `window`) change no value: a mel framed o
 half a hop early or late, which `delay_samples` tells. With loss: all else, by interpolation.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -95,7 +97,7 @@ class MelConversion:
         to, at = mel_center_hz(b), mel_center_hz(a)
         at_source = np.interp(to, at, np.arange(a.n_mels))
         matrix = b.power / a.power * _interpolation(at_source, a.n_mels)
-        shift = _level(b, to) - matrix @ _level(a, at)
+        shift = np.array(_level(b)) - matrix @ np.array(_level(a))
         return torch.from_numpy(matrix).to(like), torch.from_numpy(shift[:, None]).to(like)
 
     def _resampled(self, logs: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ def spectral_density(mel: Tensor, config: MelConfig) -> Tensor:
     Returns:
         As the mel. White noise of standard deviation 1 at a sample rate of 1 Hz has 0.
     """
-    level = per_band(tuple(_level(config, mel_center_hz(config)).tolist()), mel)
+    level = per_band(_level(config), mel)
     return (_plain(mel, config) - level) / config.power
 
 
@@ -142,6 +144,10 @@ def _plain(mel: Tensor, config: MelConfig) -> Tensor:
     # Far below every floor, and not so far that an interpolation beside it would be silence.
     least = 1e-10
     values = (mel - per_band(config.offset, mel)) / per_band(config.scale, mel)
+    if config.clip is not None and config.log != "none":
+        # A frame wholly at the lower end is silence; alone, a value there lay little below.
+        silent = (mel <= config.clip[0]).all(-2, keepdim=True)
+        values = values.masked_fill(silent, np.log(config.log_floor) * unit_of_log(config))
     if config.log == "none":
         logs = values.clamp_min(least).log()
     else:
@@ -165,6 +171,7 @@ def _in_convention(logs: Tensor, config: MelConfig) -> Tensor:
     return mel if config.clip is None else mel.clamp(*config.clip)
 
 
+@lru_cache(maxsize=128)
 def _band_gain(config: MelConfig) -> tuple[float, ...]:
     """ln of each band's factor over an area-normalised band of gain 1."""
     weights = mel_filterbank(config).sum(1)
@@ -174,15 +181,17 @@ def _band_gain(config: MelConfig) -> tuple[float, ...]:
     return tuple(np.log(config.gain * ratio).tolist())
 
 
-def _level(config: MelConfig, hz: np.ndarray) -> np.ndarray:
-    """ln of an area-normalised band, of white noise of density 1, at band centres in Hz."""
+@lru_cache(maxsize=128)
+def _level(config: MelConfig) -> tuple[float, ...]:
+    """ln of each area-normalised band, of white noise of density 1."""
     area = mel_filterbank(config.model_copy(update={"norm": "slaney"})).sum(1)
     window = hann_values(config.win_length, config.n_fft, config.window)
-    radians = 2 * np.pi * hz / config.sample_rate
+    radians = 2 * np.pi * mel_center_hz(config) / config.sample_rate
     tilt = np.abs(1 - config.preemphasis * np.exp(-1j * radians))
     root = np.sqrt(np.sum(window**2) * config.sample_rate) * tilt
     rayleigh = _MEAN_TO_ROOT if config.power == 1 else 0.0
-    return np.log(np.maximum(area, 1e-12)) + config.power * np.log(root) + rayleigh
+    level = np.log(np.maximum(area, 1e-12)) + config.power * np.log(root) + rayleigh
+    return tuple(level.tolist())
 
 
 def _interpolation(places: np.ndarray, n: int) -> np.ndarray:

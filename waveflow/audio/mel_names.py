@@ -23,7 +23,7 @@ SCALES: dict[str, dict[str, object]] = {
     "to-4": {"log": "db", "scale": 0.08, "offset": 2.4, "clip": (-4.0, 4.0)},
     "to-1": {"log": "db", "scale": 0.02, "offset": 0.6, "clip": (-1.0, 1.0)},
     "to-01": {"log": "db", "scale": 0.01, "offset": 0.8, "clip": (0.0, 1.0)},
-    "power": {"power": 2},
+    "power": {"power": 2, "log_floor": 1e-10},
     "no-norm": {"norm": None},
     "int16": {"gain": 32768.0},
 }

@@ -130,7 +130,7 @@ class IncomingMels:
             self._seen += items
 
     def _decide(self, mel: np.ndarray) -> None:
-        if mel.size and (words := foreign_words(mel, self._own)):
+        if words := foreign_words(mel, self._own):
             raise MelMismatchError(words)
         if mel.shape[1] >= FEWEST_FRAMES:
             self._seen = None
@@ -139,9 +139,7 @@ class IncomingMels:
 def _items(batch: Tensor, frames: Tensor | None) -> Iterator[np.ndarray]:
     ends = [batch.shape[2]] * len(batch) if frames is None else frames.tolist()
     for item, end in zip(batch, ends, strict=True):
-        mel = item[:, :end].cpu().numpy()
-        # Frames of one value are silence, padding or a denoiser's question: they tell nothing.
-        yield mel[:, mel.min(0) < mel.max(0)]
+        yield item[:, :end].cpu().numpy()
 
 
 def delayed(pieces: Iterator[Tensor], n_samples: Callable[[], int]) -> Iterator[Tensor]:
