@@ -216,8 +216,11 @@ def _score(mel: NDArray[np.float64], config: MelConfig) -> float:
     penalty += 0.5 * ((loud - _LOUD) / _LOUD_SPREAD) ** 2
     energy = density.mean(0)
     spectrum = density[:, energy >= np.median(energy)].mean(1)
-    at = np.interp(_SPECTRUM_HZ, mel_center_hz(config), spectrum)
-    shape = (at - at.mean() - (np.array(_SPECTRUM) - np.mean(_SPECTRUM))) / _SPECTRUM_SPREAD
+    hz, usual = np.array(_SPECTRUM_HZ), np.array(_SPECTRUM)
+    known = (hz >= config.f_min) & (hz <= config.f_max_hz)
+    at = np.interp(hz, mel_center_hz(config), spectrum)[known]
+    usual = usual[known]
+    shape = (at - at.mean() - usual + usual.mean()) / _SPECTRUM_SPREAD
     penalty += 0.5 * _FREE_BANDS * float((shape**2).mean())
     return (_FLOOR_BONUS if _has_floor(mel, config) else 0.0) - penalty
 

@@ -79,11 +79,11 @@ def convert_mel(
             mel: np.ndarray | torch.Tensor = read_mel(path)
             notes = []
             if source == AUTO:  # what is told is a scale of the model's own mel
-                incoming = IncomingMels(own, told, torch.device("cpu"), judges=False)
+                incoming = IncomingMels(own, told, torch.device("cpu"))
                 mel, _, _ = incoming.take(mel)
                 notes += incoming.notes
             settings = named if source == AUTO else named.changed({"time_major": turned})
-            incoming = IncomingMels(wanted, settings, torch.device("cpu"), judges=False)
+            incoming = IncomingMels(wanted, settings, torch.device("cpu"))
             batch, _, _ = incoming.take(mel)
         if incoming.delay_samples:
             hops = incoming.delay_samples / wanted.hop_length

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from waveflow.audio.conventions import FEWEST_FRAMES, find_convention, foreign_words
+from waveflow.audio.conventions import FEWEST_FRAMES, Reading, find_convention, foreign_words
 from waveflow.audio.conversion import MelConversion
 from waveflow.audio.mel_config import MelConfig
-from waveflow.audio.mel_names import AUTO, convention_named
+from waveflow.audio.mel_names import AUTO, NATIVE, convention_named
 from waveflow.engine.checks import band_major, checked_lengths, checked_mel, mel_tensor
 from waveflow.engine.options import SynthesisOptions
 from waveflow.errors import ConfigError, MelMismatchError
@@ -27,6 +27,8 @@ class IncomingMels:
         options: what the mels are in.
         device: the model's.
         judges: whether a mel without a convention is refused where it is clearly foreign.
+        likelier: asked with convention "auto" for better bands than the model's own, given a mel
+            (M, F) and its scale.
 
     Attributes:
         notes: the convention, where it was told by the values.
@@ -36,8 +38,14 @@ class IncomingMels:
     """
 
     def __init__(
-        self, own: MelConfig, options: SynthesisOptions, device: torch.device, judges: bool
+        self,
+        own: MelConfig,
+        options: SynthesisOptions,
+        device: torch.device,
+        judges: bool = False,
+        likelier: Callable[[Tensor, Reading], Reading] = lambda mel, found: found,
     ) -> None:
+        self._likelier = likelier
         self._own = own
         self._options = options
         self._device = device
@@ -110,10 +118,16 @@ class IncomingMels:
             self._conversion = MelConversion(config, self._own, self._options.lossy)
 
     def _find(self, batch: Tensor, frames: Tensor | None) -> None:
-        found = find_convention(np.concatenate(list(_items(batch, frames)), axis=1), self._own)
+        items = list(_items(batch, frames))
+        found = find_convention(np.concatenate(items, axis=1), self._own)
+        found = self._likelier(torch.from_numpy(max(items, key=np.size)), found)
         self._options = self._options.changed({"convention": found.config})
-        self._convert_from(found.config)
-        self.notes.append(f"taken for {found.name}")
+        try:
+            self._convert_from(found.config)
+        except MelMismatchError as error:
+            raise MelMismatchError(f"taken for {found.name}: {error}") from error
+        if found.name != NATIVE:
+            self.notes.append(f"taken for {found.name}")
 
     def _judge(self, batch: Tensor, frames: Tensor | None) -> None:
         """Looks at each item, or at the first pieces of a stream until they are long enough."""

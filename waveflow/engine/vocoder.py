@@ -36,6 +36,7 @@ from waveflow.engine.decoder import (
     choose_decoder,
     make_decoder,
 )
+from waveflow.engine.evidence import likelier_bands
 from waveflow.engine.fast.int8 import speech_like_mel
 from waveflow.engine.incoming import IncomingMels, delayed
 from waveflow.engine.options import OWN_OPTIONS, Speech, SynthesisOptions
@@ -282,7 +283,7 @@ class Vocoder:
         `log_prob` can be asked about it: a clipped sample has no likelihood to speak of.
         """
         options = options.changed(changes | {"refine": 0})
-        incoming = IncomingMels(self.mel_config, options, self.device, judges=False)
+        incoming = IncomingMels(self.mel_config, options, self.device)
         batch, squeezed, _ = incoming.take(mel)
         audio = self._all_of(self._synthesis(len(batch), options), batch)
         return audio[0] if squeezed else audio
@@ -411,8 +412,9 @@ class Vocoder:
     def _incoming(self, options: SynthesisOptions) -> IncomingMels:
         # What speech is like is known of speech; a model that does not tell its data may be of
         # anything.
-        judges = self.config.provenance.mel_range is not None
-        return IncomingMels(self.mel_config, options, self.device, judges)
+        judges = self.config.provenance.mel_range is not None and self.mel_config.n_mels >= 20
+        likelier = partial(likelier_bands, self)
+        return IncomingMels(self.mel_config, options, self.device, judges, likelier)
 
     def _synthesis(
         self, n_items: int, options: SynthesisOptions, lengths: Tensor | None = None
