@@ -24,9 +24,9 @@ def doctor(
     spectrum and floor. `behind` is how much worse they fit than the best, as a
     natural logarithm. Where the values leave several bands open, the model speaks
     each: `evidence` is the likelihood of its draw, for its level, minus the misfit
-    of its speech (nats per sample, higher is better; 0.05 is much). Conventions with
-    the same values, which differ in framing or floor alone, share a row. For each
-    file of a folder there is one line.
+    of its speech (nats per sample, higher is better; 0.15 is much). Conventions with
+    the same values, which differ in framing, floor or sample rate alone, share a
+    row. For each file of a folder there is one line.
 
     \b
     Examples:

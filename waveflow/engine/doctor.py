@@ -20,7 +20,8 @@ class Diagnosis(NamedTuple):
     """A convention that a mel may be in.
 
     Attributes:
-        names: of conventions with the same values, which differ in framing or floor alone.
+        names: of conventions with the same values, which differ in framing, floor or sample rate
+            alone. The rate cannot be told: a voice at 16 kHz is a higher one at 22 kHz.
         behind: how much worse than the best one it explains the values (natural logarithm).
         evidence: what the model says (`waveflow.engine.evidence`); None where the values have
             excluded it.
@@ -76,7 +77,10 @@ def diagnose(vocoder: Vocoder, mel: np.ndarray) -> list[Diagnosis]:
     found = []
     for group in groups:
         behind = best - group[0].score
-        told = evidence(vocoder, middle, group[0].config) if behind <= _OPEN else None
+        # Frames that are interpolated over time are smoother, and would fit better.
+        rates = {reading.config.sample_rate: reading.config for reading in reversed(group)}
+        config = rates.get(own.sample_rate, group[0].config)
+        told = evidence(vocoder, middle, config) if behind <= _OPEN else None
         found.append(Diagnosis(tuple(reading.name for reading in group), behind, told))
 
     def order(diagnosis: Diagnosis) -> tuple[bool, float]:
@@ -98,7 +102,7 @@ def _grouped(ranked: list[Reading]) -> list[list[Reading]]:
             "log_floor": 1e-5,
             "log_floor_mode": "clamp",
         }
-        hertz = {"f_max": reading.config.f_max_hz}
+        hertz = {"f_max": reading.config.f_max_hz, "sample_rate": 0}
         key = reading.config.model_copy(update=framing | floors | hertz)
         groups.setdefault(key, []).append(reading)
     return list(groups.values())

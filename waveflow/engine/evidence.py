@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 _MISFIT = 5.0
 # Nats of evidence for each nat of what the values tell.
 VALUES = 0.05
-# Frames that are interpolated over time are smoother, and fit better, by so much.
-_SMOOTHED = 0.12
 # Bands that are not a model's own must have this much more. Of 30 clips of five voices none got
 # bands that were not its own, and 22 were told to have bands up to 11025 Hz instead of 8000.
 _SURELY = 0.15
@@ -80,8 +78,7 @@ def evidence(vocoder: "Vocoder", mel: Tensor, config: MelConfig) -> float:
         mel: (M, F) in the convention `config`.
     """
     own = vocoder.mel_config
-    conversion = MelConversion(config, own, lossy=True)
-    converted = conversion(mel).to(vocoder.device)
+    converted = MelConversion(config, own, lossy=True)(mel).to(vocoder.device)
     if not float(converted.max()) < 8.0:
         return -float("inf")  # a full-scale roar
     draw = vocoder.draw(converted, _NATIVE)
@@ -89,8 +86,8 @@ def evidence(vocoder: "Vocoder", mel: Tensor, config: MelConfig) -> float:
     # Minus the log density of a Gaussian of this spectrum, but for a constant.
     hz = np.linspace(0, own.sample_rate / 2, 4 * own.n_mels)
     levels = np.interp(hz, mel_center_hz(own), converted.mean(1).cpu().numpy())
-    again = vocoder.mel_spectrogram(vocoder.synthesise(converted, _NATIVE).audio)
+    refined = vocoder.refinement(draw[None], converted[None], vocoder.refine_steps)[0]
+    again = vocoder.mel_spectrogram(refined)
     n_frames = min(again.shape[1], converted.shape[1])
     misfit = (again - converted)[:, :n_frames].abs().mean()
-    smoothed = _SMOOTHED if conversion.changes_frames else 0.0
-    return likelihood + float(levels.mean()) - _MISFIT * float(misfit) - smoothed
+    return likelihood + float(levels.mean()) - _MISFIT * float(misfit)
