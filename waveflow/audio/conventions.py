@@ -148,7 +148,7 @@ def foreign_words(mel: NDArray[np.floating], own: MelConfig) -> str:
         )
     return (
         f"this mel looks like {best.name}, not like natural logarithms of magnitudes: give "
-        f"--convention {best.name}, or {NATIVE} if it is right as it is"
+        f"--convention {best.name}, its system's name (waveflow doctor), or {NATIVE} if it is right"
     )
 
 

@@ -42,7 +42,7 @@ def checked_mel(
             f"a mel is ({n_mels}, F) or (B, {n_mels}, F), not {tuple(batch.shape)}"
         )
     if batch.shape[1] != n_mels:
-        turned = "; transpose it, or give --time-major yes (time_major=True)"
+        turned = "; transpose it, or change --time-major (time_major)"
         hint = turned if batch.shape[2] == n_mels else ""
         raise MelMismatchError(f"this mel has {batch.shape[1]} bands, {whose} {n_mels}{hint}")
     if not batch.numel():

@@ -73,7 +73,7 @@ def diagnose(vocoder: Vocoder, mel: np.ndarray) -> list[Diagnosis]:
     best = groups[0][0].score
     if not np.isfinite(best):
         raise MelMismatchError("this mel is not like speech in any convention")
-    middle = middle_of(torch.from_numpy(np.asarray(mel, np.float32)))
+    middle = middle_of(torch.from_numpy(np.array(mel, np.float32)))
     found = []
     for group in groups:
         behind = best - group[0].score
