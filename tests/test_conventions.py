@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import make_voice
 from test_cli import Run, assert_one_line, run, samples  # noqa: F401  (run is a fixture)
@@ -441,7 +442,13 @@ def test_a_centred_mel_is_spoken_in_its_place(vocoder: Vocoder, example: Tensor)
     assert n_samples.tolist() == [40 * 256, 60 * 256]
     alone = vocoder(example[:, :40], convention="nvidia")
     torch.testing.assert_close(audio[0, : 40 * 256], alone, rtol=0, atol=1e-4)
-    assert not audio[0, 40 * 256 :].any()
+    # The other way round: a model of centred mels speaks half a hop late.
+    mel = OWN.model_copy(update={"padding": "center"})
+    other = Vocoder(vocoder.config.model_copy(update={"mel": mel}), vocoder.flow)
+    audio, _ = other(batch, lengths=[40, 60], convention="hifigan")
+    own, _ = other(batch, lengths=[40, 60])
+    assert not audio[:, :128].any() and not audio[0, 40 * 256 :].any()
+    assert torch.equal(audio[0, 128 : 40 * 256], own[0, : 40 * 256 - 128])
 
 
 def test_what_the_vocoder_refuses(vocoder: Vocoder, example: Tensor) -> None:
@@ -567,6 +574,24 @@ def test_lossy_is_allowed_by_name(
     assert not out.exists()
     assert run("vocode", source, "-o", out, *named, "--lossy").status == 0
     assert len(samples(out)) == 60 * 256
+
+
+def test_a_copys_own_mel_is_never_judged(
+    run: Run,  # noqa: F811
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of whatever the recording is: its mel was made here."""
+    monkeypatch.setattr("waveflow.engine.incoming.foreign_words", lambda mel, own: "foreign")
+    audio = make_voice(0.5)
+    soundfile.write(tmp_path / "in.wav", audio, 22050)
+    out = ("-o", tmp_path / "out.wav", "--model", tiny_model)
+    assert run("resynth", tmp_path / "in.wav", *out).status == 0
+    tiny = load(tiny_model)
+    tiny.resynth(audio)
+    with pytest.raises(MelMismatchError, match="foreign"):
+        tiny(tiny.mel(audio))
 
 
 # --- convert-mel and doctor ---
