@@ -26,7 +26,6 @@ from waveflow.audio import io as audio_io
 from waveflow.audio.mel import MEL_PRESETS, MelSpectrogram
 from waveflow.cli import console
 from waveflow.cli.main import app, main
-from waveflow.cli.options import MelPreset
 from waveflow.engine.cost import count_parameters, macs_per_second, measure_speed
 from waveflow.engine.options import SynthesisOptions
 from waveflow.engine.vocoder import Vocoder, load
@@ -36,6 +35,8 @@ VERBS = (
     "vocode",
     "resynth",
     "mel",
+    "convert-mel",
+    "doctor",
     "denoise",
     "prepare",
     "train",
@@ -165,9 +166,12 @@ check(0, "info")
 check(2, "info", "no-such-model")
 check(2, "vocode", "no.npy", "-o", "out.wav")
 check(2, "resynth", "in.wav", "-o", "out.mp3")
-for options in (["--model", "no-such-model"], ["--sigma", "nan"], ["--refine", "65"]):
+for options in (
+    ["--model", "no-such-model"], ["--sigma", "nan"], ["--refine", "65"], ["--convention", "klatt"],
+):
     check(2, "vocode", "mel.npy", "-o", "out.wav", *options)
 check(2, "mel", "in.wav", "-o", "mel.npy", "--model", "no-such-model")
+check(2, "mel", "in.wav", "-o", "mel.npy", "--mel", "klatt")
 check(2, "denoise", "in.wav", "-o", "out.wav", "--noise", "in.wav", "--bias", "zeros")
 check(2, "evaluate", "no-such-folder")
 check(2, "evaluate", ".", "--ids", "no-such-file")
@@ -185,10 +189,6 @@ def test_no_verb_imports_torch_before_it_must(tmp_path: Path, wav: Path):
         [sys.executable, "-c", QUICK, *VERBS], cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-
-
-def test_presets_are_those_of_the_library():
-    assert list(MelPreset) == list(MEL_PRESETS)[::-1]
 
 
 # vocode
@@ -302,12 +302,18 @@ def test_clipping_is_noted_once_with_the_file(run: Run, tmp_path: Path, tiny_mod
     assert np.abs(samples(out)).max() == 1.0
 
 
-def test_a_foreign_mel_is_named(run: Run, tmp_path: Path, tiny_model: Path):
+def test_a_foreign_mel_is_refused_by_name(run: Run, tmp_path: Path, tiny_model: Path):
     decibels, out = tmp_path / "db.npy", tmp_path / "out.wav"
     np.save(decibels, voice_mel() * 20 / np.log(10))
     result = run("vocode", decibels, "-o", out, "--model", tiny_model)
-    assert result.status == 0 and out.exists()
-    assert f"waveflow: {decibels}: " in result.err and "decibels" in result.err
+    assert_one_line(result, str(decibels), "--convention")
+    assert not out.exists()
+    named = ("--convention", "db", "--model", tiny_model)
+    assert run("vocode", decibels, "-o", out, *named).status == 0
+    own = tmp_path / "own.wav"
+    np.save(decibels, voice_mel())
+    assert run("vocode", decibels, "-o", own, "--model", tiny_model).status == 0
+    assert np.abs(samples(own) - samples(out)).max() <= 2 / 32768
 
 
 # vocode from and to pipes

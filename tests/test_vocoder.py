@@ -327,19 +327,11 @@ def test_wrong_options(vocoder: Vocoder, mel: Tensor, options: dict, message: st
 # --- warnings ---
 
 
-@pytest.mark.filterwarnings("ignore:.*were clipped")
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [(lambda m: m * 20 / np.log(10), "decibels"), (torch.exp, "linear magnitude")],
-)
-def test_a_foreign_mel_is_named_where_it_was_given(
-    vocoder: Vocoder, mel: Tensor, change, words: str
-) -> None:
-    with pytest.warns(VocoderWarning, match=words) as caught:
+@pytest.mark.parametrize("change", [lambda m: m * 20 / np.log(10), torch.exp])
+def test_a_foreign_mel_is_refused_wherever_it_stands(vocoder: Vocoder, mel: Tensor, change) -> None:
+    with pytest.raises(MelMismatchError, match=r"this mel.*--convention"):
         vocoder(torch.stack([mel, change(mel)]))
-    foreign = [w for w in caught if "looks" in str(w.message)]
-    assert len(foreign) == 1
-    assert foreign[0].filename == __file__
+    vocoder(change(mel), convention="native", refine=0)
 
 
 def test_a_native_mel_is_not_warned_of(vocoder: Vocoder, mel: Tensor) -> None:
@@ -570,10 +562,8 @@ def test_public_names() -> None:
 
 def test_a_mel_that_gives_no_audio(vocoder: Vocoder, mel: Tensor) -> None:
     wild = torch.full_like(mel, 1e30)
-    message = r"1e\+30 to 1e\+30, gives samples .*; this mel looks"
+    message = r"1e\+30 to 1e\+30, gives samples"
     with pytest.raises(MelMismatchError, match=message):
         vocoder(wild)
-    notes: list[str] = []
     with pytest.raises(MelMismatchError, match=message):
-        list(vocoder.stream([wild], on_note=notes.append))
-    assert len(notes) == 1
+        list(vocoder.stream([wild]))

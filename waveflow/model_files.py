@@ -98,7 +98,9 @@ class ModelCard(BaseModel):
     provenance: Provenance = Provenance()
 
     @model_validator(mode="after")
-    def _range_of_every_band(self) -> Self:
+    def _mel_fits(self) -> Self:
+        if self.mel.model_problem:
+            raise ValueError(self.mel.model_problem)
         n_mels = self.mel.n_mels
         for bound in self.provenance.mel_range or ():
             if len(bound) != n_mels:

@@ -1,5 +1,7 @@
 """Mel spectrograms: their computation. Their settings are in `mel_config`."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -53,8 +55,33 @@ def mel_filterbank(config: MelConfig) -> np.ndarray:
     return weights
 
 
+def unit_of_log(config: MelConfig) -> float:
+    """The natural logarithm's factor to the config's: 1 for "e", 20 / ln 10 for decibels."""
+    match config.log:
+        case "2":
+            return 1 / math.log(2)
+        case "10":
+            return 1 / math.log(10)
+        case "db":
+            return 20 / config.power / math.log(10)
+    return 1.0
+
+
+def natural_log(linear: Tensor, config: MelConfig) -> Tensor:
+    """The natural logarithm of a linear mel, with the config's floor."""
+    if config.log_floor_mode == "add":
+        return (linear + config.log_floor).log()
+    return linear.clamp_min(config.log_floor).log()
+
+
+def per_band(value: float | tuple[float, ...], like: Tensor) -> Tensor:
+    """A scale or an offset for mels (..., n_mels, F) like this one."""
+    values = torch.tensor(value, dtype=like.dtype, device=like.device)
+    return values[:, None] if values.dim() else values
+
+
 class MelSpectrogram(ExactBuffers):
-    """Log-mel spectrogram of a batch of audio, differentiable, on any device.
+    """Mel spectrogram of a batch of audio, differentiable, on any device.
 
     It computes in the type of its input: float64 audio gives a true float64 mel; half precision
     is computed and returned in float32, also under autocast.
@@ -71,11 +98,12 @@ class MelSpectrogram(ExactBuffers):
         used = np.flatnonzero(weights.any(axis=0))
         # The bins that any band covers.
         self.bins = slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 1)
-        self.register_exact("projection", np.ascontiguousarray(weights[:, self.bins].T))
-        self.register_exact("window", hann_values(config.win_length, config.n_fft))
+        projection = config.gain * weights[:, self.bins].T
+        self.register_exact("projection", np.ascontiguousarray(projection))
+        self.register_exact("window", hann_values(config.win_length, config.n_fft, config.window))
 
     def forward(self, audio: Tensor) -> Tensor:
-        """Natural logarithm of the mel, floored at log(log_floor).
+        """The mel in the config's convention: for models, natural logarithms.
 
         The values are not looked at, because training would wait for them: `Vocoder.mel` does.
 
@@ -89,7 +117,13 @@ class MelSpectrogram(ExactBuffers):
         Raises:
             AudioError: another shape, such as (T, channels), or no real numbers.
         """
-        return self.linear(audio).clamp_min(self.config.log_floor).log()
+        c = self.config
+        mel = self.linear(audio)
+        if c.log != "none":
+            mel = natural_log(mel, c)
+        if c != c.natural:
+            mel = mel * (per_band(c.scale, mel) * unit_of_log(c)) + per_band(c.offset, mel)
+        return mel if c.clip is None else mel.clamp(*c.clip)
 
     def linear(self, audio: Tensor) -> Tensor:
         """The mel before its logarithm; shapes as in `forward`."""
@@ -106,6 +140,8 @@ class MelSpectrogram(ExactBuffers):
         """Complex STFT (B, F, n_fft // 2 + 1) of (B, T) in this mel's framing."""
         c = self.config
         window = self.exact("window", audio)
+        if c.preemphasis:
+            audio = audio - c.preemphasis * functional.pad(audio, (1, 0))[:, :-1]
         if c.padding == "hop" and audio.shape[1] < c.hop_length:
             audio = functional.pad(audio, (0, c.hop_length - audio.shape[1]))
         return stft(audio, c.n_fft, c.hop_length, window, c.padding, c.pad_mode)
@@ -113,7 +149,11 @@ class MelSpectrogram(ExactBuffers):
     def of_spectrum(self, spectrum: Tensor) -> Tensor:
         """Linear mel, time-major (B, F, n_mels), of a complex spectrum (B, F, bins)."""
         used = spectrum[..., self.bins]
-        energy = used.real.square() + used.imag.square() + self.config.magnitude_floor
+        energy = used.real.square() + used.imag.square()
+        if self.config.magnitude_floor_mode == "add":
+            energy = energy + self.config.magnitude_floor
+        else:
+            energy = energy.clamp_min(self.config.magnitude_floor)
         projection = self.exact("projection", energy)
         if self.config.power == 2:
             return energy @ projection

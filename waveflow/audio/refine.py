@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from waveflow.audio.mel import MelConfig, MelSpectrogram, mel_filterbank
+from waveflow.audio.mel import MelConfig, MelSpectrogram, mel_filterbank, natural_log
 from waveflow.audio.mel_config import edge_padding
 from waveflow.audio.stft import frame, overlap_add, pad_edges
 from waveflow.buffers import ExactBuffers
@@ -105,7 +105,7 @@ class MelRefinement(ExactBuffers):
         """The change of one step: the least-squares inverse STFT of (gain - 1) . STFT."""
         config = self.spectrogram.config
         spectrum = torch.fft.rfft(items.frames(audio))
-        mel = self.spectrogram.of_spectrum(spectrum).clamp_min_(config.log_floor).log_()
+        mel = natural_log(self.spectrogram.of_spectrum(spectrum), config)
         log_gain = (target - mel).mul_(self.power / config.power) @ self.exact("shares", audio)
         # gain - 1, so that bins outside every band do not change by a bit.
         spectrum *= log_gain.clamp_(-MAX_LOG_GAIN, MAX_LOG_GAIN).expm1_()

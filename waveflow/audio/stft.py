@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from waveflow.audio.mel_config import Padding, PadMode, edge_padding
+from waveflow.audio.mel_config import Padding, PadMode, Window, edge_padding
 
 
 def hann_window(
@@ -24,11 +24,12 @@ def hann_window(
     return torch.from_numpy(hann_values(win_length, n_fft)).to(dtype).to(device)
 
 
-def hann_values(win_length: int, n_fft: int) -> NDArray[np.float64]:
-    """The values of `hann_window`."""
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(win_length) / win_length)
+def hann_values(win_length: int, n_fft: int, window: Window = "periodic") -> NDArray[np.float64]:
+    """The values of `hann_window`; a symmetric one has a period of win_length - 1."""
+    period = win_length if window == "periodic" else max(win_length - 1, 1)
+    values = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(win_length) / period)
     left = (n_fft - win_length) // 2
-    return np.pad(window, (left, n_fft - win_length - left))
+    return np.pad(values, (left, n_fft - win_length - left))
 
 
 def pad_edges(audio: Tensor, amount: int, pad_mode: PadMode) -> Tensor:

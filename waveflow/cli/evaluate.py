@@ -48,7 +48,7 @@ def evaluate(
         files = select_ids(files, ids)
     if json_file is not None:
         options.check_writable(json_file)
-    sample = sampling.options()
+    sample = sampling.sampling()
     group = join_group()
     vocoder = loading.load()
 

@@ -23,7 +23,9 @@ from waveflow.cli.console import (
     to_nowhere,
 )
 from waveflow.cli.convert import convert
+from waveflow.cli.convert_mel import convert_mel
 from waveflow.cli.denoise import denoise
+from waveflow.cli.doctor import doctor
 from waveflow.cli.evaluate import evaluate
 from waveflow.cli.info import info
 from waveflow.cli.options import flat
@@ -80,7 +82,8 @@ def _waveflow(
 
 
 _VERBS = (
-    vocode, resynth, mel, denoise, prepare, train, compare, evaluate, bench, info, convert,
+    vocode, resynth, mel, convert_mel, doctor, denoise, prepare, train, compare, evaluate, bench,
+    info, convert,
 )  # fmt: skip
 for _verb in _VERBS:
     app.command()(flat(_verb))

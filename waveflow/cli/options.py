@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,15 +15,17 @@ from waveflow.errors import ConfigError
 from waveflow.processes import local_device
 
 if TYPE_CHECKING:
+    from waveflow.audio.mel_config import MelConfig
     from waveflow.engine.options import SynthesisOptions
     from waveflow.engine.vocoder import Vocoder
 
 
-class MelPreset(StrEnum):
-    """Names in `waveflow.audio.mel_config.MEL_PRESETS`, here for --help without imports."""
+class TimeMajor(StrEnum):
+    """Whether frames are a mel's first axis."""
 
-    hifigan = "hifigan"
-    nvidia = "nvidia"
+    no = "no"
+    yes = "yes"
+    auto = "auto"
 
 
 class PrecisionName(StrEnum):
@@ -122,6 +124,25 @@ Force = Annotated[
 ]
 
 
+Convention = Annotated[
+    str | None,
+    typer.Option(
+        "--convention",
+        metavar="NAME|auto|FILE",
+        help="What the mel is in: a system such as nemo-fastpitch or coqui, a scale such as log10 "
+        "or db, auto, or a .toml file of mel settings. Default: the model's own.",
+    ),
+]
+TimeMajorOption = Annotated[
+    TimeMajor,
+    typer.Option("--time-major", help="Whether the mel is (frames, bands); auto: by its sizes."),
+]
+Lossy = Annotated[
+    bool,
+    typer.Option("--lossy", help="Interpolate bands and frames that cannot be converted exactly."),
+]
+
+
 @dataclass(frozen=True)
 class Loading:
     """Which model to load, and where."""
@@ -158,7 +179,7 @@ class Sampling:
     refine: Refine = None
     seed: Seed = 0
 
-    def options(self) -> "SynthesisOptions":
+    def sampling(self) -> "SynthesisOptions":
         """Returns the options of the Python API.
 
         Raises:
@@ -194,6 +215,24 @@ def flat(verb: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in named}
     return call
+
+
+def axes(time_major: TimeMajor) -> "bool | Literal['auto']":
+    """Returns `SynthesisOptions.time_major`."""
+    return "auto" if time_major == TimeMajor.auto else time_major == TimeMajor.yes
+
+
+def preset_named(name: str) -> "MelConfig":
+    """Returns the mel settings of a system.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    from waveflow.audio.mel_config import MEL_PRESETS
+
+    if name not in MEL_PRESETS:
+        raise ConfigError(f"--mel {name}: there is no such mel; give {', '.join(MEL_PRESETS)}")
+    return MEL_PRESETS[name]
 
 
 def set_threads(threads: int | None) -> None:

@@ -38,7 +38,8 @@ def prepare(
             "--mel",
             "--preset",
             metavar="NAME|RECIPE",
-            help="hifigan, nvidia, or a recipe's file: its sample rate and hop are the cache's.",
+            help="A preset such as hifigan, or a recipe's file: its sample rate and hop are the "
+            "cache's.",
         ),
     ] = "hifigan",
     mels: Annotated[

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from waveflow.audio.mel_config import MelConfig
+    from waveflow.engine.options import SynthesisOptions
     from waveflow.engine.vocoder import Vocoder
 
 PIPE = Path("-")
@@ -46,8 +47,12 @@ class Speaking(options.Sampling, options.Loading):
     float32: options.Float = False
     force: options.Force = False
 
+    def options(self) -> "SynthesisOptions":
+        """Returns the options of the Python API; the mel is the model's own."""
+        return self.sampling().changed({"convention": "native"})
+
     def vocoder(self) -> "Vocoder":
-        """Loads the vocoder, after a check of the sampling options."""
+        """Loads the vocoder, after a check of the options."""
         self.options()
         return self.load(self.precision, self.compile)
 
@@ -68,6 +73,25 @@ class Speaking(options.Sampling, options.Loading):
         return audio.cpu().numpy()
 
 
+@dataclass(frozen=True)
+class Vocoding(Speaking):
+    """The options of `vocode`: those of speech, and what the mels are in."""
+
+    convention: options.Convention = None
+    time_major: options.TimeMajorOption = options.TimeMajor.no
+    lossy: options.Lossy = False
+
+    def options(self) -> "SynthesisOptions":
+        """Returns the options of the Python API."""
+        return self.sampling().changed(
+            {
+                "convention": self.convention,
+                "time_major": options.axes(self.time_major),
+                "lossy": self.lossy,
+            }
+        )
+
+
 def vocode(
     sources: Annotated[
         list[Path],
@@ -85,15 +109,16 @@ def vocode(
             help="A .wav or .flac file; or a folder, for many; - for stdout.",
         ),
     ],
-    speaking: Speaking,
+    speaking: Vocoding,
 ) -> None:
     """Mel spectrograms to speech.
 
     A mel is an array (bands, frames) of natural logarithms: .npy, .npz with one
-    array or one named `mel`, or .pt with one tensor or one named `mel`. Several, or
-    a folder with the folders in it, become a folder of .wav files; those that are
-    there already are kept. Under torchrun the processes share the folder, and
-    --device cuda gives each its own GPU.
+    array or one named `mel`, or .pt with one tensor or one named `mel`. Mels of
+    another convention need --convention. Several, or a folder with the folders in
+    it, become a folder of .wav files; those that are there already are kept. Under
+    torchrun the processes share the folder, and --device cuda gives each its own
+    GPU.
 
     With `-` for the input, .npy arrays are read from stdin, one after another, as
     numpy.save writes them. They are pieces of one mel, and are spoken as soon as
@@ -107,6 +132,7 @@ def vocode(
       waveflow vocode mel.npy -o out.flac --sigma 0.8 --seed 1
       waveflow vocode a.npy b.npy -o wavs/
       waveflow vocode mels/ -o wavs/ --model runs/x --device cuda
+      waveflow vocode mel.npy -o out.wav --convention log10 --time-major yes
       cat mel.npy | waveflow vocode - -o - | aplay -t raw -f S16_LE -r 22050
     """
     from waveflow.audio.io import MEL_SUFFIXES, check_audio_name, read_mel, write_audio
@@ -129,7 +155,7 @@ def vocode(
     run_jobs(jobs, work)
 
 
-def _stream(source: Path, out: Path, speaking: Speaking) -> None:
+def _stream(source: Path, out: Path, speaking: Vocoding) -> None:
     """Does `vocode` where the source or the output is a pipe."""
     from waveflow.audio.io import check_audio_name, read_mel, read_mels
 
@@ -230,18 +256,23 @@ def mel(
     ],
     model: options.Model = None,
     preset: Annotated[
-        options.MelPreset | None,
-        typer.Option("--mel", "--preset", help="Mel settings by name instead of a model's."),
+        str | None,
+        typer.Option(
+            "--mel",
+            "--preset",
+            metavar="NAME",
+            help="Mel settings by name instead of a model's: hifigan, nvidia, coqui, ...",
+        ),
     ] = None,
     threads: options.Threads = None,
     force: options.Force = False,
 ) -> None:
     """Recordings to mel spectrograms, as a model takes them.
 
-    Writes an array (bands, frames), float32, natural logarithms: .npy, .npz (the
-    array is named `mel`) or .pt (a tensor). Several, or a folder with the folders in
-    it, become a folder of .npy files. Other sample rates are resampled and channels
-    mixed down.
+    Writes an array (bands, frames), float32, natural logarithms unless --mel names
+    a system with others: .npy, .npz (the array is named `mel`) or .pt (a tensor).
+    Several, or a folder with the folders in it, become a folder of .npy files. Other
+    sample rates are resampled and channels mixed down.
 
     \b
     Examples:
@@ -274,8 +305,7 @@ def mel(
     run_jobs(jobs, work)
 
 
-def _mel_config(model: str | None, preset: options.MelPreset | None) -> "MelConfig":
-    from waveflow.audio.mel_config import MEL_PRESETS
+def _mel_config(model: str | None, preset: str | None) -> "MelConfig":
     from waveflow.model_files import read_card
     from waveflow.pretrained import model_folder
 
@@ -283,4 +313,4 @@ def _mel_config(model: str | None, preset: options.MelPreset | None) -> "MelConf
         return read_card(model_folder(model)).mel
     if model is not None:
         raise ConfigError("--model and --mel both choose the mel settings: give one of them")
-    return MEL_PRESETS[preset]
+    return options.preset_named(preset)

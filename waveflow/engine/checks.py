@@ -1,7 +1,7 @@
 """Checks a vocoder's inputs, once, and turns them into tensors on its device."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,15 +19,22 @@ _FEWEST_BANDS = 8
 
 
 def checked_mel(
-    mel: Tensor | np.ndarray, n_mels: int, device: torch.device, lengths: Tensor | None = None
+    mel: Tensor | np.ndarray,
+    n_mels: int,
+    device: torch.device,
+    lengths: Tensor | None = None,
+    whose: str = "the model takes",
 ) -> tuple[Tensor, bool]:
     """(B, M, F) float32 on the device, padding zeroed; and whether the batch axis was added.
+
+    Args:
+        whose: what wants `n_mels` bands, with a verb.
 
     Raises:
         MelMismatchError: wrong number of bands, shape, or values that are no real numbers or not
             finite.
     """
-    batch = _mel_tensor(mel, device)
+    batch = mel_tensor(mel, device)
     squeezed = batch.dim() == 2
     batch = batch[None] if squeezed else batch
     if batch.dim() != 3:
@@ -35,10 +42,9 @@ def checked_mel(
             f"a mel is ({n_mels}, F) or (B, {n_mels}, F), not {tuple(batch.shape)}"
         )
     if batch.shape[1] != n_mels:
-        hint = "; transpose it" if batch.shape[2] == n_mels else ""
-        raise MelMismatchError(
-            f"this mel has {batch.shape[1]} bands, the model takes {n_mels}{hint}"
-        )
+        turned = "; transpose it, or change --time-major (time_major)"
+        hint = turned if batch.shape[2] == n_mels else ""
+        raise MelMismatchError(f"this mel has {batch.shape[1]} bands, {whose} {n_mels}{hint}")
     if not batch.numel():
         raise MelMismatchError(f"this mel is empty: {tuple(batch.shape)}")
     if lengths is not None:
@@ -47,6 +53,25 @@ def checked_mel(
     if not torch.isfinite(batch).all():
         raise MelMismatchError("this mel holds NaN or infinite values")
     return batch, squeezed
+
+
+def band_major(mel: Tensor, n_mels: int, time_major: bool | Literal["auto"]) -> Tensor:
+    """A mel whose bands are the last axis but one.
+
+    Raises:
+        MelMismatchError: "auto", and both axes may be the bands.
+    """
+    if mel.dim() not in (2, 3) or time_major is False:
+        return mel
+    rows, columns = mel.shape[-2:]
+    if time_major == "auto":
+        if rows == columns == n_mels:
+            raise MelMismatchError(
+                f"a mel of {rows} x {columns} does not tell its axes: give --time-major yes or no "
+                "(time_major=True or False)"
+            )
+        time_major = columns == n_mels
+    return mel.transpose(-1, -2) if time_major else mel
 
 
 def checked_lengths(
@@ -121,7 +146,7 @@ def padding_notes(n_padding: int, n_frames: int) -> list[str]:
     ]
 
 
-def _mel_tensor(mel: Any, device: torch.device) -> Tensor:
+def mel_tensor(mel: Any, device: torch.device) -> Tensor:
     """float32 on the device, of anything that holds real numbers."""
     try:
         if isinstance(mel, Tensor):

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from waveflow.audio.mel_config import MelConfig
+from waveflow.audio.mel_names import check_convention
 from waveflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,12 +18,18 @@ MOST_REFINE_STEPS = 64
 
 @dataclass(frozen=True)
 class SynthesisOptions:
-    """Settings of a synthesis.
+    """Settings of a synthesis, and of the mel that it is given.
 
     Attributes:
         sigma: standard deviation of the noise, 0 to 10; None takes the model's own.
         seed: of the noise; one for all items, or one for each.
         refine: mel refinement steps after the draw, 0 to 64; None takes the model's own.
+        convention: what the mel is in: a name ("nemo-fastpitch", "log10"; "auto" tells it by its
+            values, "native" is the model's own as it is), or its MelConfig. None: the model's own,
+            and a mel that is clearly in another one is refused.
+        time_major: whether the mel is (F, M) or (B, F, M); "auto" tells it by the sizes.
+        lossy: convert by interpolation what cannot be converted exactly
+            (`waveflow.audio.conversion`).
 
     Raises:
         ConfigError: a value out of range.
@@ -30,6 +38,9 @@ class SynthesisOptions:
     sigma: float | None = None
     seed: int | Sequence[int] = 0
     refine: int | None = None
+    convention: str | MelConfig | None = None
+    time_major: bool | Literal["auto"] = False
+    lossy: bool = False
 
     def __post_init__(self) -> None:
         if self.sigma is not None and not 0 <= self.sigma <= 10:
@@ -40,6 +51,12 @@ class SynthesisOptions:
             )
         if not isinstance(self.seed, Integral | Sequence) or isinstance(self.seed, str):
             raise ConfigError(f"seed {self.seed!r}: give an integer, or one for each mel")
+        if isinstance(self.convention, str):
+            check_convention(self.convention)
+        elif not isinstance(self.convention, MelConfig | None):
+            raise ConfigError(f"convention {self.convention!r}: give a name or a MelConfig")
+        if self.time_major not in (True, False, "auto"):
+            raise ConfigError(f"time_major {self.time_major!r}: give True, False or 'auto'")
 
     def changed(self, changes: dict[str, Any]) -> "SynthesisOptions":
         """These options with some fields changed, by name."""
@@ -69,7 +86,7 @@ class Speech(NamedTuple):
         audio: (B, F hop_length), or (F hop_length,) of one mel, float32 in [-1, 1]; zeros beyond
             an item's end.
         n_samples: (B,), the samples of each item; None where no lengths were given.
-        notes: sentences for the listener: on a foreign mel, on clipped samples.
+        notes: sentences for the listener: on a convention that was told, on clipped samples.
     """
 
     audio: "Tensor"

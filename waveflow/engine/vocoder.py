@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
-from waveflow.audio.conventions import describe_foreign_mel
 from waveflow.audio.denoise import Bias, Denoiser
 from waveflow.audio.mel import MelConfig, MelSpectrogram
+from waveflow.audio.mel_names import NATIVE
 from waveflow.audio.refine import MelRefinement
 from waveflow.audio.samples import MOST_PEAK_OF_DRAW, offset_of, without_offset
 from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint
 from waveflow.door import check_plain
 from waveflow.engine.checks import (
     checked_audio,
-    checked_lengths,
     checked_mel,
     padding_notes,
     silence_padding,
@@ -37,9 +36,11 @@ from waveflow.engine.decoder import (
     choose_decoder,
     make_decoder,
 )
+from waveflow.engine.evidence import likelier_bands
 from waveflow.engine.fast.int8 import speech_like_mel
+from waveflow.engine.incoming import IncomingMels, delayed
 from waveflow.engine.options import OWN_OPTIONS, Speech, SynthesisOptions
-from waveflow.engine.streaming import WINDOW_FRAMES, WindowedSynthesis, window_context
+from waveflow.engine.streaming import WindowedSynthesis, window_context
 from waveflow.errors import AudioError, CheckpointError, ConfigError, MelMismatchError
 from waveflow.flow import Flow
 from waveflow.models.registry import build_flow
@@ -52,7 +53,7 @@ _CALLER = 3
 
 
 class VocoderWarning(UserWarning):
-    """Tells the listener of a foreign mel, of clipped samples, and of what was mended."""
+    """Tells the listener of clipped samples, of a mel's convention, and of what was mended."""
 
 
 class Vocoder:
@@ -176,8 +177,9 @@ class Vocoder:
         """Speech for a mel of any length; a long one is made in windows, in bounded memory.
 
         Args:
-            mel: (B, M, F) or (M, F), in this model's convention (`mel_config`).
-            options: sigma, seed and refinement steps.
+            mel: (B, M, F) or (M, F), in this model's convention (`mel_config`) or the one that
+                the options name.
+            options: sigma, seed, refinement steps; convention and axes of the mel.
             lengths: (B,) frames of each item of a padded batch. An item gets what it gets
                 alone, whatever its padding holds.
             changes: fields of the options by name: `vocoder(mel, sigma=0.5)`.
@@ -187,7 +189,8 @@ class Vocoder:
             beyond an item's end) and the items' samples (B,).
 
         Raises:
-            MelMismatchError: wrong number of bands, shape, lengths, or values that are not finite.
+            MelMismatchError: wrong number of bands, shape, lengths, values that are not finite, or
+                a mel that is clearly in another convention, or cannot be converted.
             ConfigError: an option out of range, or a part of the flow that declares no context.
         """
         speech = self.synthesise(mel, options.changed(changes), lengths)
@@ -201,14 +204,18 @@ class Vocoder:
         lengths: Tensor | np.ndarray | Sequence[int] | None = None,
     ) -> Speech:
         """As `__call__`, with its warnings as notes in the result: for servers and threads."""
-        frames = None if lengths is None else checked_lengths(mel, lengths, self.device)
-        batch, squeezed = checked_mel(mel, self.mel_config.n_mels, self.device, frames)
+        incoming = self._incoming(options)
+        batch, squeezed, frames = incoming.take(mel, lengths)
         batch, n_padding = silence_padding(batch, self._silence, frames)
-        notes = self._foreign_notes(batch, frames)
-        notes += padding_notes(n_padding, batch.shape[0] * batch.shape[2])
+        notes = incoming.notes + padding_notes(n_padding, batch.shape[0] * batch.shape[2])
         audio = self._all_of(self._synthesis(len(batch), options, frames), batch)
-        notes += _clipping_notes(_n_clipped(audio, batch, notes), audio.numel())
+        notes += _clipping_notes(_n_clipped(audio, batch), audio.numel())
         audio.clamp_(-1, 1)
+        if delay := incoming.delay_samples:
+            audio = torch.cat(list(delayed(iter([audio]), lambda: delay)), 1)
+            if frames is not None:
+                ends = frames[:, None] * self.hop_length
+                audio *= torch.arange(audio.shape[1], device=self.device) < ends
         if frames is None:
             return Speech(audio[0] if squeezed else audio, None, notes)
         return Speech(audio, frames * self.hop_length, notes)
@@ -256,7 +263,10 @@ class Vocoder:
             least_frames = 1 if math.isinf(synthesis.right) else max(1, int(synthesis.right))
         if least_frames < 1:
             raise ConfigError(f"least_frames {least_frames} is out of range: give 1 or more")
-        return self._streamed(mels, synthesis, least_frames, on_note or _warn)
+        incoming = self._incoming(options)
+        audio = self._streamed(mels, incoming, synthesis, least_frames, on_note or _warn)
+        # The convention, and with it the delay, may be known only after the first piece.
+        return delayed(audio, lambda: incoming.delay_samples)
 
     def look_ahead(self, refine: int | None = None) -> float:
         """Frames of the mel behind a frame of audio that it depends on; may be infinite."""
@@ -273,8 +283,9 @@ class Vocoder:
 
         `log_prob` can be asked about it: a clipped sample has no likelihood to speak of.
         """
-        batch, squeezed = checked_mel(mel, self.mel_config.n_mels, self.device)
         options = options.changed(changes | {"refine": 0})
+        incoming = IncomingMels(self.mel_config, options, self.device)
+        batch, squeezed, _ = incoming.take(mel)
         audio = self._all_of(self._synthesis(len(batch), options), batch)
         return audio[0] if squeezed else audio
 
@@ -285,8 +296,11 @@ class Vocoder:
         **changes: Any,
     ) -> Tensor:
         """Copy-synthesis: audio (T,) to its mel, and new audio (T,) from the mel alone."""
+        options = options.changed(changes)
+        if options.convention not in (None, NATIVE):
+            raise ConfigError("resynth makes the mel itself: leave the convention out")
         mel, notes = self._mel_to_copy(audio)
-        speech = self.synthesise(mel, options.changed(changes))
+        speech = self.synthesise(mel, options.changed({"convention": NATIVE}))
         _warn_caller(notes + speech.notes)
         return speech.audio[: len(audio)]
 
@@ -396,6 +410,13 @@ class Vocoder:
             )
         return samples[:, : n_frames * self.hop_length], batch[:, :, :n_frames]
 
+    def _incoming(self, options: SynthesisOptions) -> IncomingMels:
+        # What speech is like is known of speech; a model that does not tell its data may be of
+        # anything.
+        judges = self.config.provenance.mel_range is not None and self.mel_config.n_mels >= 20
+        likelier = partial(likelier_bands, self)
+        return IncomingMels(self.mel_config, options, self.device, judges, likelier)
+
     def _synthesis(
         self, n_items: int, options: SynthesisOptions, lengths: Tensor | None = None
     ) -> WindowedSynthesis:
@@ -419,52 +440,35 @@ class Vocoder:
     def _streamed(
         self,
         mels: Iterable[Tensor | np.ndarray],
+        incoming: IncomingMels,
         synthesis: WindowedSynthesis,
         least_frames: int,
         on_note: Callable[[str], None],
     ) -> Iterator[Tensor]:
-        foreign: list[str] = []
         n_clipped, n_samples = 0, 0
         n_padding, n_frames = 0, 0
 
         def clipped(pieces: Iterator[Tensor], mel: Tensor) -> Iterator[Tensor]:
             nonlocal n_clipped, n_samples
             for audio in pieces:
-                n_clipped += _n_clipped(audio, mel, foreign)
+                n_clipped += _n_clipped(audio, mel)
                 n_samples += audio.shape[1]
                 yield audio[0].clamp(-1, 1)
 
         piece = None
         for mel in mels:
-            piece, _ = checked_mel(mel, self.mel_config.n_mels, self.device)
-            if len(piece) != 1:
-                raise MelMismatchError(f"a stream is of one mel (M, f), not {tuple(piece.shape)}")
+            piece = incoming.piece(mel)
+            for note in incoming.notes if not n_frames else ():
+                on_note(note)
             piece, more = silence_padding(piece, self._silence, after_speech=n_frames > n_padding)
             n_padding, n_frames = n_padding + more, n_frames + piece.shape[2]
-            if not foreign:
-                foreign += self._foreign_notes(piece)
-                for note in foreign:
-                    on_note(note)
             yield from clipped(synthesis.push(piece, least_frames), piece)
         if piece is None:
             raise MelMismatchError("this stream is empty: it holds no mel")
+        incoming.finish()
         yield from clipped(synthesis.finish(), piece)
         for note in padding_notes(n_padding, n_frames) + _clipping_notes(n_clipped, n_samples):
             on_note(note)
-
-    def _foreign_notes(self, batch: Tensor, lengths: Tensor | None = None) -> list[str]:
-        """A note if the first seconds of an item look like a mel in another convention."""
-        mel_range = self.config.provenance.mel_range
-        if mel_range is None:
-            return []
-        low, high = (np.asarray(bound) for bound in mel_range)
-        frames = [batch.shape[2]] * len(batch) if lengths is None else lengths.tolist()
-        for item, n_frames in zip(batch, frames, strict=True):
-            seen = item[:, : min(n_frames, WINDOW_FRAMES)].cpu().numpy()
-            found = describe_foreign_mel(seen, low, high)
-            if found is not None:
-                return [f"this mel looks {found}; the model takes natural logarithms of magnitudes"]
-        return []
 
 
 def _warn_caller(notes: Sequence[str]) -> None:
@@ -474,8 +478,8 @@ def _warn_caller(notes: Sequence[str]) -> None:
 
 
 def _warn(note: str) -> None:
-    # Past this function and the generator, to the line that asks for the next piece.
-    warnings.warn(note, VocoderWarning, stacklevel=_CALLER)
+    # Past this function and two generators, to the line that asks for the next piece.
+    warnings.warn(note, VocoderWarning, stacklevel=_CALLER + 1)
 
 
 def _clipping_notes(n_clipped: int, n_samples: int) -> list[str]:
@@ -484,24 +488,24 @@ def _clipping_notes(n_clipped: int, n_samples: int) -> list[str]:
     return [f"{100 * n_clipped / n_samples:.2g} % of the samples were clipped to [-1, 1]"]
 
 
-def _n_clipped(audio: Tensor, mel: Tensor, notes: list[str]) -> int:
+def _n_clipped(audio: Tensor, mel: Tensor) -> int:
     """Samples beyond [-1, 1].
 
     Raises:
-        MelMismatchError: samples that are not finite; it repeats the notes on the mel.
+        MelMismatchError: samples that are not finite.
         CheckpointError: the same, for a mel that is like speech.
     """
     # Neither this nor the count makes a second array of the audio's size.
     if not all(math.isfinite(end) for end in audio.aminmax()):
         low, high = mel.aminmax()
-        if low > -24 and high < 4 and not notes:
+        if low > -24 and high < 4:
             raise CheckpointError(
                 "this model gives samples that are not finite for a mel as speech has it: its "
                 "training has diverged, or its weights were changed; use another checkpoint"
             )
         raise MelMismatchError(
             f"this mel, {low:.3g} to {high:.3g}, gives samples that are not finite: speech lies "
-            f"between -12 and 3 in natural logarithms{''.join(f'; {note}' for note in notes)}"
+            "between -12 and 3 in natural logarithms"
         )
     return int((audio > 1).count_nonzero() + (audio < -1).count_nonzero())
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from waveflow.audio.mel import MelConfig, MelSpectrogram, mel_filterbank
-from waveflow.audio.stft import hann_window, istft
+from waveflow.audio.mel import MelConfig, MelSpectrogram, mel_filterbank, natural_log
+from waveflow.audio.stft import istft
 
 MOMENTUM = 0.99
 SMOOTH_STEPS = 30
@@ -53,7 +53,7 @@ def smooth_magnitude(mel: Tensor, config: MelConfig) -> Tensor:
     log_energy = torch.zeros(wanted.shape[0], len(covered), dtype=torch.float64)
     for _ in range(SMOOTH_STEPS):
         present = (log_energy.exp() * covered) @ filterbank.T
-        log_energy += (wanted - present.clamp_min(config.log_floor).log()) @ shares
+        log_energy += (wanted - natural_log(present, config)) @ shares
     return (log_energy.exp() * covered).pow(1.0 / config.power)
 
 
@@ -84,7 +84,7 @@ def griffin_lim(
     magnitude = inversion(mel, mel_config).float()
     n_frames = magnitude.shape[0]
     n_samples = n_frames * mel_config.hop_length
-    window = hann_window(mel_config.win_length, mel_config.n_fft, torch.float32, mel.device)
+    window = spectrogram.exact("window", magnitude)
 
     def to_audio(phase: Tensor) -> Tensor:
         c = mel_config

@@ -145,6 +145,13 @@ class Recipe(BaseModel):
             raise ValueError(f"no such mel preset; there are {', '.join(MEL_PRESETS)}")
         return MEL_PRESETS[value]
 
+    @field_validator("mel")
+    @classmethod
+    def _fits_a_model(cls, mel: MelConfig) -> MelConfig:
+        if mel.model_problem:
+            raise ValueError(mel.model_problem)
+        return mel
+
 
 def read_recipe(path: Path) -> Recipe:
     """Reads a recipe file: TOML, or the recipe.json in a run's folder.

@@ -151,8 +151,9 @@ class RunFolder:
             config, flow = load_checkpoint(folder)
         except CheckpointError as error:
             raise CheckpointError(f"the teacher of this run: {error}") from error
-        for field, own in self.recipe.mel.model_dump().items():
-            if (its := getattr(config.mel, field)) != own:
+        for field in type(config.mel).model_fields:
+            its, own = (getattr(mel, field) for mel in (config.mel, self.recipe.mel))
+            if its != own:
                 raise ConfigError(
                     f"teacher {name} has other mel settings than the recipe: {field} {its}, "
                     f"not {own}"
