@@ -11,13 +11,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hub_server import Files, HubServer
 
 import waveflow
+from waveflow.checkpoint import load_checkpoint, save_checkpoint
 from waveflow.cli.main import main
 from waveflow.errors import CheckpointError
-from waveflow.model_files import CARD, CONFIG, MANIFEST, WEIGHTS, manifest_bytes, read_card
+from waveflow.model_files import CARD, CONFIG, EXAMPLE, MANIFEST, WEIGHTS, manifest_bytes, read_card
 from waveflow.pretrained import model_folder
 
 pytest.importorskip("huggingface_hub", reason="models of the Hub need the package huggingface_hub")
@@ -308,3 +310,67 @@ def test_links_of_the_cache_lead_to_its_files_only(tiny: Files, tmp_path: Path) 
     (tmp_path / "outside").rename(blobs)
     model.rename(tmp_path / "name")
     assert "link out of its folder" in refusal(lambda: read_card(tmp_path / "name/snapshots/1"))
+
+
+# --- push ---
+
+
+def test_push_then_load(
+    hub: HubServer, tiny: Files, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    extra = {"state.json": b"{}", CARD: b"---\nlanguage: en\ntags:\n- mine\n---\n# Made up\n"}
+    folder = write(tmp_path / "run", tiny | extra)
+    hub.add("org/push", {EXAMPLE: b"of another model", "mine.txt": b"stays"})
+    name = waveflow.push_to_hub(folder, "org/push")
+    commits = hub.commits["org/push"]
+    assert len(commits) == 2 and name == f"org/push@{list(commits)[-1]}"
+    pushed = commits[list(commits)[-1]]
+    assert set(pushed) == FILES | {CARD, "mine.txt"}
+    assert {n: pushed[n] for n in FILES} == {n: tiny[n] for n in FILES}
+    head, _, text = pushed[CARD].decode().removeprefix("---\n").partition("---\n")
+    assert text == "# Made up\n"
+    assert set(head.splitlines()) == {
+        "language: en", "license: cc0-1.0", "library_name: waveflow",
+        "pipeline_tag: audio-to-audio", "tags:", "- mine", "- vocoder", "- mel-spectrogram",
+        "- normalizing-flow", "- frameglow",
+    }  # fmt: skip
+    assert torch.equal(waveflow.load(name)(MEL), waveflow.load(folder)(MEL))
+    assert capfd.readouterr().out == "" and hub.private == set()
+
+
+def test_push_of_a_model_that_ships(hub: HubServer) -> None:
+    name = waveflow.push_to_hub("frameglow-cc0", "org/cc0", private=True)
+    files = contents(model_folder("frameglow-cc0"))
+    pushed = hub.commits["org/cc0"][name.partition("@")[2]]
+    assert pushed.pop(CARD).endswith(b"\n---\n" + files.pop(CARD))
+    assert pushed == files and EXAMPLE in files and hub.private == {"org/cc0"}
+
+
+def test_push_without_card_or_licence(hub: HubServer, tiny: Files, tmp_path: Path) -> None:
+    folder = write(tmp_path / "new", with_config(tiny, provenance={"data": "my voice"}))
+    assert "states no licence" in refusal(lambda: waveflow.push_to_hub(folder, "org/new"))
+    line = refusal(lambda: waveflow.push_to_hub(folder, "org/new", licence="secret"))
+    assert "cannot push to org/new" in line and "license" in line
+    assert "org/new" not in hub.commits
+    name = waveflow.push_to_hub(folder, "org/new", licence="MIT")
+    assert waveflow.load(name).config.provenance.licence == "MIT"
+    pushed = hub.commits["org/new"][name.partition("@")[2]]
+    assert b"my voice" in pushed[CARD] and b"license: mit\n" in pushed[CARD]
+
+
+def test_push_of_weights_that_are_not_finite(
+    hub: HubServer, tiny: Files, tiny_model: Path, tmp_path: Path
+) -> None:
+    config, _ = load_checkpoint(tiny_model)
+    weights = safetensors.torch.load(tiny[WEIGHTS])
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_checkpoint(tmp_path / "nan", config, weights)
+    assert "not finite" in refusal(lambda: waveflow.push_to_hub(tmp_path / "nan", "org/nan"))
+    assert hub.asked == []
+
+
+def test_push_that_the_hub_refuses(hub: HubServer, tiny_model: Path) -> None:
+    hub.refuses["org/theirs"] = 403
+    line = refusal(lambda: waveflow.push_to_hub(tiny_model, "org/theirs"))
+    assert "cannot push to org/theirs on the Hub: HTTP status 403" in line and "HF_TOKEN" in line
+    assert not hub.commits.get("org/theirs")
