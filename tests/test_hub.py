@@ -197,8 +197,8 @@ def test_without_the_hub_the_cached_copy_is_used(
 
 def test_a_folder_of_that_name_wins(hub: HubServer, tiny: Files, tmp_path: Path) -> None:
     hub.add("org/local", tiny)
-    assert model_folder("org/local@main").name in hub.commits["org/local"]
     (tmp_path / "org").mkdir()
+    assert model_folder("org/local@main").name in hub.commits["org/local"]
     hub.asked.clear()
     assert "no model 'org/local'" in refused_load("org/local")
     write(tmp_path / "org" / "local", tiny)
@@ -318,15 +318,16 @@ def test_links_of_the_cache_lead_to_its_files_only(tiny: Files, tmp_path: Path) 
 def test_push_then_load(
     hub: HubServer, tiny: Files, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    extra = {"state.json": b"{}", CARD: b"---\nlanguage: en\ntags:\n- mine\n---\n# Made up\n"}
-    folder = write(tmp_path / "run", tiny | extra)
+    run = with_config(tiny | {"state.json": b"{}"})
+    run[CARD] = b"---\nlanguage: en\ntags:\n- mine\n---\n# Made up\n"
+    folder = write(tmp_path / "run", run)
     hub.add("org/push", {EXAMPLE: b"of another model", "mine.txt": b"stays"})
     name = waveflow.push_to_hub(folder, "org/push")
     commits = hub.commits["org/push"]
     assert len(commits) == 2 and name == f"org/push@{list(commits)[-1]}"
     pushed = commits[list(commits)[-1]]
     assert set(pushed) == FILES | {CARD, "mine.txt"}
-    assert {n: pushed[n] for n in FILES} == {n: tiny[n] for n in FILES}
+    assert (pushed[CONFIG], pushed[WEIGHTS]) == (run[CONFIG], run[WEIGHTS])
     head, _, text = pushed[CARD].decode().removeprefix("---\n").partition("---\n")
     assert text == "# Made up\n"
     assert set(head.splitlines()) == {

@@ -68,8 +68,8 @@ def import_hub(name: str) -> ModuleType:
         import huggingface_hub
     except ImportError as error:
         raise CheckpointError(
-            f"no folder {name!r} here, and a model of the Hub needs huggingface_hub: pip install "
-            "'waveflow[hub]'"
+            f"{name!r} is no folder here, and as a model of the Hugging Face Hub it needs "
+            "huggingface_hub: pip install 'waveflow[hub]'"
         ) from error
     return huggingface_hub
 
