@@ -18,10 +18,10 @@ LEVELS = [
     {"torchfile"},
     {"audio", "bijections", "budget", "buffers", "context", "decoding", "distributions", "nn"}
     | {"padding"},
-    {"conditioners", "flow", "model_files", "objective", "pretrained"},
+    {"conditioners", "flow", "hub", "model_files", "objective", "pretrained"},
     {"models"},
     {"checkpoint"},
-    {"data", "engine", "foreign", "metrics", "training"},
+    {"data", "engine", "foreign", "metrics", "publish", "training"},
     {"tts", "export"},
     {"cli"},
     {"__main__"},
@@ -37,6 +37,7 @@ OPTIONAL = {
     "matplotlib",
     "distillmos",
     "wandb",
+    "huggingface_hub",
 }
 CODE_IN_DATA = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # The one file that may import pickle, to derive a class from its unpickler.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from waveflow.flow import Conditioner, Flow
     from waveflow.models.registry import FlowConfig, register
     from waveflow.pretrained import list_models
+    from waveflow.publish import push_to_hub
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _WHERE = {
     "check_bijection": "waveflow.bijections",
     "list_models": "waveflow.pretrained",
     "load": "waveflow.engine.vocoder",
+    "push_to_hub": "waveflow.publish",
     "register": "waveflow.models.registry",
 }
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "check_bijection",
     "list_models",
     "load",
+    "push_to_hub",
     "register",
 ]
 

@@ -17,6 +17,7 @@ def check_plain(path: str | os.PathLike[str], folder: str | os.PathLike[str] | N
     Args:
         path: the file; it is found in the folder, if one is given.
         folder: a model's, a run's or a cache's folder. Its files must lie in it, not behind a link.
+            The folder of a model in the Hub's cache has links to that cache's own files.
 
     Raises:
         OSError: no such file, no plain file, or a link out of the folder.
@@ -29,8 +30,19 @@ def check_plain(path: str | os.PathLike[str], folder: str | os.PathLike[str] | N
     if not stat.S_ISREG(mode):
         kind = next((word for is_it, word in _KINDS if is_it(mode)), "something else")
         raise OSError(errno.EINVAL, f"it is {kind}, not a plain file", str(path))
-    if folder is not None and Path(os.path.realpath(path)).parent != Path(os.path.realpath(folder)):
+    if folder is not None and not _belongs(path, folder):
         raise OSError(errno.EINVAL, "it is a link out of its folder", str(path))
+
+
+def _belongs(path: Path, folder: str | os.PathLike[str]) -> bool:
+    real, home = Path(os.path.realpath(path)).parent, Path(os.path.realpath(folder))
+    if real == home:
+        return True
+    # The Hub's cache: models--ORG--NAME/snapshots/COMMIT/FILE leads to models--ORG--NAME/blobs/HASH
+    # and that, for files that models share, to blobs/HH/HASH. None of these folders is a link.
+    snapshots, model = home.parent, home.parent.parent
+    is_cache = snapshots.name == "snapshots" and model.name.startswith("models--")
+    return is_cache and (real == model / "blobs" or real.parent == model.parent / "blobs")
 
 
 def is_plain_name(name: object) -> bool:

@@ -21,6 +21,8 @@ from waveflow.limits import DOCUMENT_BYTES, TENSORS, WEIGHTS_BYTES
 FORMAT = 1
 # The mel of a validation clip, with a model that ships.
 EXAMPLE = "example.npy"
+# What a reader should know of the model. It has no hash, so that it can be edited.
+CARD = "README.md"
 CONFIG, WEIGHTS, MANIFEST, RUN_POINTER = (
     "config.json",
     "model.safetensors",

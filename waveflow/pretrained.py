@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from waveflow.errors import CheckpointError, ConfigError
+from waveflow.hub import fetch_model, means_repository
 from waveflow.model_files import CONFIG, resolve_run
 
 DEFAULT_MODEL = "frameglow-cc0"
@@ -24,10 +25,11 @@ def model_folder(model: str | Path | None = None) -> Path:
 
     Args:
         model: the name of a model that ships, a checkpoint folder, or a run folder, which stands
-            for its best checkpoint; None for the default model.
+            for its best checkpoint; or ORG/NAME or ORG/NAME@REVISION, a model of the Hugging Face
+            Hub, which is fetched into its cache; None for the default model.
 
     Raises:
-        CheckpointError: neither a shipped model nor a folder.
+        CheckpointError: neither a shipped model nor a folder, nor to be had from the Hub.
     """
     name = DEFAULT_MODEL if model is None else str(model)
     shipped = shipped_model(name)
@@ -39,6 +41,8 @@ def model_folder(model: str | Path | None = None) -> Path:
         raise CheckpointError(
             f"{name!r} is a file, a model is a folder: waveflow convert {name} -o FOLDER makes one"
         )
+    if means_repository(name):
+        return fetch_model(name)
     raise CheckpointError(
         f"no model {name!r}: give a folder, or one of {', '.join(list_models()) or 'none shipped'}"
     )

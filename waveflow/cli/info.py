@@ -20,7 +20,9 @@ def info(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL|CACHE", help="A model's name, or a checkpoint, run or cache folder."
+            metavar="MODEL|CACHE",
+            help="A model's name, here or on the Hugging Face Hub, or a checkpoint, run or cache "
+            "folder.",
         ),
     ] = None,
     speed: Annotated[

@@ -43,7 +43,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="NAME|PATH",
-        help="A model that ships, or the folder of a checkpoint or a run.",
+        help="A model that ships, the folder of a checkpoint or a run, or ORG/NAME[@REVISION] of "
+        "the Hugging Face Hub.",
     ),
 ]
 Sigma = Annotated[

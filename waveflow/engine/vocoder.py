@@ -517,10 +517,12 @@ def load(
     precision: Precision | Literal["auto"] = "float32",
     compile: bool = False,
 ) -> Vocoder:
-    """The model that ships, another one by name, or a checkpoint or run folder.
+    """The model that ships, another one by name, a checkpoint or run folder, or one of the Hub.
 
     Args:
-        model: None for the default; `list_models()` has the names.
+        model: None for the default; `list_models()` has the names. "ORG/NAME", or
+            "ORG/NAME@REVISION" for a branch, tag or commit, is a model of the Hugging Face Hub
+            (extra `hub`), unless a folder here has that name.
         verify: check the files' hashes against the manifest.
         device: where it runs.
         precision: of the networks' matrix products: float32, bfloat16, float16 (GPU) or int8
@@ -529,7 +531,7 @@ def load(
         compile: torch.compile; the first call then takes half a minute or more.
 
     Raises:
-        CheckpointError: unknown, missing or damaged.
+        CheckpointError: unknown, missing or damaged, or not to be had from the Hub.
         ConfigError: this machine or installation lacks the device or the precision.
     """
     # A pool of OpenMP belongs to the thread that starts it and ends with it. One that is left in
