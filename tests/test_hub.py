@@ -175,7 +175,7 @@ def test_without_the_hub_the_cached_copy_is_used(
         patch.setattr(constants(), "ENDPOINT", nowhere)
         assert torch.equal(waveflow.load("org/cached")(MEL), expected)
         assert "the cached copy of org/cached is used" in caplog.text
-        assert "cannot fetch org/new from the Hub, and its cache has no copy" in refused_load(
+        assert "no folder 'org/new' here, and the Hub's copy cannot be fetched" in refused_load(
             "org/new"
         )
     hub.refuses["org/cached"] = 503

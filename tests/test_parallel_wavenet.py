@@ -328,13 +328,13 @@ def test_a_teacher_of_another_kind_is_refused(
 def test_a_missing_teacher_is_one_line(
     cache: TrainingCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"teacher of this run: no model 'runs/none'"):
-        Trainer(recipe("runs/none"), cache, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"teacher of this run: no model './runs/none'"):
+        Trainer(recipe("./runs/none"), cache, tmp_path / "run")
     with pytest.raises(ConfigError, match="learns from a trained WaveNet: name it as the"):
         Trainer(recipe(""), cache, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     # The command line says so before it prepares the data.
-    (tmp_path / "recipe.json").write_text(recipe("runs/none").model_dump_json())
+    (tmp_path / "recipe.json").write_text(recipe("./runs/none").model_dump_json())
     argv = [
         "train",
         str(tmp_path / "recipe.json"),
@@ -344,4 +344,4 @@ def test_a_missing_teacher_is_one_line(
         str(tmp_path / "run"),
     ]
     assert main(argv) == 2
-    assert capsys.readouterr().err.startswith("waveflow: no model 'runs/none'")
+    assert capsys.readouterr().err.startswith("waveflow: no model './runs/none'")

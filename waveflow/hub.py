@@ -109,7 +109,7 @@ def _cached(hub: ModuleType, name: str, error: Exception) -> Path:
         folder = _snapshot(hub, name, local_files_only=True)
     except Exception:  # its own words say less than the first error's
         raise CheckpointError(
-            f"cannot fetch {name} from the Hub, and its cache has no copy: {reason(error)}"
+            f"no folder {name!r} here, and the Hub's copy cannot be fetched: {reason(error)}"
         ) from error
     if not isinstance(error, hub.errors.OfflineModeIsEnabled):
         logger.warning("the cached copy of %s is used: %s", name, reason(error))
