@@ -60,9 +60,9 @@ class Chain(Bijection):
             (step, scale, step.inverse_context) for step, scale in self._scaled()
         )
 
-    def _scaled(self) -> Iterator[tuple[Bijection, Fraction]]:
+    def _scaled(self) -> Iterator[tuple[Bijection, Fraction | int]]:
         """The steps, each with the positions of the chain's x for one position of its own x."""
-        scale = Fraction(1)
+        scale: Fraction | int = 1
         for step in self:
             yield step, scale
             scale *= step.factor
@@ -85,7 +85,7 @@ class Chain(Bijection):
         return cast(Bijection, self.steps[index])
 
 
-def _one_after_another(steps: Iterable[tuple[Bijection, Fraction, Context]]) -> Context:
+def _one_after_another(steps: Iterable[tuple[Bijection, Fraction | int, Context]]) -> Context:
     """The context of steps, from the one that makes the result to the one that sees the input.
 
     Each comes with its scale and the context of the direction that is meant. A step with blocks
