@@ -3,6 +3,7 @@
 import hashlib
 import math
 import resource
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 SAMPLE_RATE = 22050
 N_MELS = 80
+
+# A shell starts its background jobs with Ctrl-C ignored, and tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_voice(seconds: float, seed: int = 0, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
