@@ -31,7 +31,7 @@ _SURELY_OWN = -7.0
 _LEAST, _GREATEST = -24.0, 8.0
 # No more frames are looked at.
 _MOST_FRAMES = 300
-_FEWEST_TO_FIND = 24
+FEWEST_TO_FIND = 24
 # Of 30 clips of five voices: movement over that of noise; from the 5 % to the 99 % quantile of the
 # level; the latter; and the mean spectrum of the louder half of the frames, over its mean. Levels
 # are ln densities.
@@ -96,9 +96,9 @@ def find_convention(mel: NDArray[np.floating], own: MelConfig) -> Reading:
             it does not tell.
     """
     n_frames = _speech(mel).shape[1]
-    if n_frames < _FEWEST_TO_FIND:
+    if n_frames < FEWEST_TO_FIND:
         raise MelMismatchError(
-            f"{n_frames} frames do not tell their convention: give {_FEWEST_TO_FIND} or more, "
+            f"{n_frames} frames do not tell their convention: give {FEWEST_TO_FIND} or more, "
             "or its name"
         )
     best = _ranked(mel, own)[0]
@@ -127,7 +127,7 @@ def foreign_words(mel: NDArray[np.floating], own: MelConfig) -> str:
     low, high = float(speech.min()), float(speech.max())
     impossible = low < _LEAST or low >= 0 or high > _GREATEST
     best = None
-    if speech.shape[1] >= (_FEWEST_TO_FIND if impossible else FEWEST_FRAMES):
+    if speech.shape[1] >= (FEWEST_TO_FIND if impossible else FEWEST_FRAMES):
         native = rank(mel, {NATIVE: own})[0].score
         if native > _SURELY_OWN and not impossible:
             return ""  # no other could be clearly better: spares the time of asking

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from waveflow.audio.conventions import Reading, rank, readings_of
+from waveflow.audio.conventions import FEWEST_TO_FIND, Reading, rank, readings_of
 from waveflow.audio.mel_config import MEL_PRESETS, MelConfig
 from waveflow.engine.evidence import VALUES, evidence, middle_of
 from waveflow.engine.vocoder import Vocoder
@@ -13,7 +13,6 @@ from waveflow.errors import MelMismatchError
 
 # Readings that the values leave open: so much behind the best (natural logarithm).
 _OPEN = 4.0
-_FEWEST_FRAMES = 24
 
 
 class Diagnosis(NamedTuple):
@@ -62,8 +61,8 @@ def diagnose(vocoder: Vocoder, mel: np.ndarray) -> list[Diagnosis]:
     """
     own = vocoder.mel_config
     n_mels, n_frames = mel.shape
-    if n_frames < _FEWEST_FRAMES:
-        raise MelMismatchError(f"{n_frames} frames tell nothing: give {_FEWEST_FRAMES} or more")
+    if n_frames < FEWEST_TO_FIND:
+        raise MelMismatchError(f"{n_frames} frames tell nothing: give {FEWEST_TO_FIND} or more")
     configs = {name: c for name, c in MEL_PRESETS.items() if c.n_mels == n_mels}
     if own.n_mels == n_mels:
         configs |= readings_of(own)

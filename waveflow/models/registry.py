@@ -100,7 +100,7 @@ def build_flow(config: FlowConfig, mel: MelConfig, budget: Budget | None = None)
             f"type {config.type!r} builds a flow of {flow.hop_length} samples a frame, the mel has "
             f"{mel.hop_length}: give Flow(..., hop_length=mel.hop_length)"
         )
-    squeezed = getattr(flow.bijection, "factor", flow.channels)
+    squeezed = flow.bijection.factor
     if flow.channels != squeezed:
         raise ConfigError(
             f"type {config.type!r} builds a flow of {flow.channels} channels, its bijection "

@@ -140,6 +140,7 @@ class Trainer:
         self.spectrogram = MelSpectrogram(recipe.mel).to(self.device)
         self.batches = Prefetch(self._sampler().batch)
         self.optimizer = make_optimizer(self.flow, config)
+        self.decay = decay_of_average(self.flow, config.ema_decay)
         self.average = {name: t.detach().clone() for name, t in self.flow.state_dict().items()}
         self.step, self.minutes, self.skipped = 0, 0.0, 0
         self.skipped_in_row = 0
@@ -243,8 +244,7 @@ class Trainer:
         values["gradient_norm"] = norm.item()
         if all(math.isfinite(value) for value in values.values()):
             self.optimizer.step()
-            decay = decay_of_average(self.flow, config.ema_decay)
-            update_average(self.average, self.flow, decay, self.step)
+            update_average(self.average, self.flow, self.decay, self.step)
             self.skipped_in_row = 0
         else:
             self.skipped += 1
