@@ -193,6 +193,25 @@ def test_what_a_kill_leaves_the_next_one_removes(tmp_path: Path, what: str) -> N
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_kill_when_an_archive_is_just_unpacked(tmp_path: Path) -> None:
+    """The corpus is whole. While its maker tidies up it can be used, and a later call tidies up."""
+    with zipfile.ZipFile(tmp_path / "big.zip", "w") as archive:
+        archive.writestr("big/a.wav", b"x")
+    code = (
+        "import shutil\nfrom waveflow.data.archives import unpack\n"
+        f"def rmtree(*args, **kwargs): {WAIT}\n"
+        "shutil.rmtree = rmtree\n"
+        f"unpack(Path({str(tmp_path / 'big.zip')!r}), Path({str(tmp_path)!r}))\n"
+    )
+    with another_process(code) as process:
+        unpack(tmp_path / "big.zip", tmp_path)
+        assert len(list(tmp_path.glob(".big.*"))) == 2
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert unpack(tmp_path / "big.zip", tmp_path) == tmp_path / "big"
+    assert sorted(os.listdir(tmp_path)) == ["big", "big.zip"]
+
+
 def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     """A second process gets another name, and what it leaves is not in the first one's way."""
     path = tmp_path / "a.txt"

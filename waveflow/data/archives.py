@@ -103,17 +103,22 @@ def download_ljspeech(beside: Path) -> Path:
 
 def _make_once(folder: Path, make: Callable[[Path], Path]) -> Path:
     """Moves the folder that `make` returns, a scratch folder or one inside it, to `folder`."""
-    if folder.exists():
+    guard = folder.with_name(f".{folder.name}.lock")
+    # The lock file goes last. Where it is still beside a whole folder, its maker was killed, and
+    # what that one has left is removed here.
+    if folder.exists() and not guard.exists():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with lock(folder.with_name(f".{folder.name}.lock"), f"the corpus {folder}"):
-            if folder.exists():  # another process has made it meanwhile
-                return folder
-            with temporary_folder(folder) as scratch:
+        with lock(guard, f"the corpus {folder}"), temporary_folder(folder) as scratch:
+            if not folder.exists():
                 make(scratch).rename(folder)
+    except ConfigError:
+        if not folder.exists():  # or its maker is alive and about to end
+            raise
     except OSError as error:
-        raise DataError(f"cannot make {folder}: {reason_of(error, folder)}") from error
+        if not folder.exists():
+            raise DataError(f"cannot make {folder}: {reason_of(error, folder)}") from error
     return folder
 
 
