@@ -41,9 +41,22 @@ KINDS: dict[str, tuple[Sequence[str], list[tuple[Any, ...]]]] = {
     ),
     "recipe": (("recipe.toml",), [(*TRAIN, "cache")]),
     "published": (("published.pt",), [("convert", "FILE", "-o", "new")]),
+    "convention": (
+        ("convention.toml",),
+        [("convert-mel", "mel.npy", "-o", "out.npy", *MODEL, "--from", "FILE", "--lossy"),
+         ("convert-mel", "mel.npy", "-o", "back.npy", *MODEL, "--from", "native", "--to", "FILE",
+          "--lossy"),
+         (*VOCODE, "mel.npy", "--convention", "FILE", "--lossy")],
+    ),
+    "doctor": (
+        ("mel.npy", "mel.npz", "mel.pt"),
+        [("doctor", "FILE", *MODEL),
+         ("convert-mel", "FILE", "-o", "out.npy", *MODEL, "--from", "auto", "--time-major", "auto",
+          "--to", "nemo-fastpitch", "--lossy")],
+    ),
 }  # fmt: skip
 # Those that start a process or train take longest, and are drawn less often.
-WEIGHTS = {"archive": 2, "published": 2, "run": 3, "cache": 4, "recipe": 4}
+WEIGHTS = {"archive": 2, "published": 2, "run": 3, "cache": 4, "recipe": 4, "doctor": 3}
 
 
 class Late(BaseException):

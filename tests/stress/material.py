@@ -45,6 +45,22 @@ checkpoint_every = 1
 validate_every = 4
 """
 
+CONVENTION = """
+sample_rate = 24000
+n_fft = 2048
+win_length = 1024
+hop_length = 300
+f_min = 50.0
+power = 2
+mel_scale = "htk"
+log_floor = 1e-5
+log = "10"
+scale = 0.5
+offset = 1.0
+clip = [-4.0, 4.0]
+gain = 1.0
+"""
+
 
 def load_all() -> None:
     """Imports what a command would import late, so that no child waits for it or half does it."""
@@ -71,6 +87,7 @@ def make_material(folder: Path) -> None:
     run(folder, "mel", "in.wav", "-o", "mel.npy")
     mel = np.load(folder / "mel.npy")
     np.savez(folder / "mel.npz", mel=mel)
+    (folder / "convention.toml").write_text(CONVENTION)
     import torch
 
     torch.save(torch.from_numpy(mel), folder / "mel.pt")
