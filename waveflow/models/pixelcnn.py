@@ -46,6 +46,7 @@ def pixelcnn(config: PixelCNNConfig, mel: MelConfig) -> Flow:
         map.n_params,
         config.n_layers,
     )
+    network.enter.weight.data /= SPEECH_STD
     network.leave.bias.data = map.initial(SPEECH_STD)
     conditioner = MelEncoder(mel.n_mels, config.n_features, mel.hop_length)
     return Flow(OverTime(network, map), conditioner, channels=1, hop_length=mel.hop_length)

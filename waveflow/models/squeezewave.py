@@ -77,8 +77,8 @@ def squeezewave(config: SqueezeWaveConfig, mel: MelConfig) -> Flow:
         )
         level.steps.append(InvertibleConv1x1(channels))
         # Free log-scales, as published, let a young model draw samples of 10^9: twelve couplings
-        # multiply their scales where one value of z is rare.
-        level.steps.append(Coupling(network, Affine(bound=1.0), Halves()))
+        # multiply their scales where one value of z is rare. Bounds below 3 learn slowly.
+        level.steps.append(Coupling(network, Affine(bound=3.0), Halves()))
     n = config.squeeze_factor
     conditioner = RepeatedMel(mel.n_mels, mel.hop_length // n)
     return Flow(whole, conditioner, channels=n, hop_length=mel.hop_length)
