@@ -45,6 +45,7 @@ VERBS = (
     "bench",
     "info",
     "convert",
+    "export",
 )
 HOP = 256
 

@@ -171,7 +171,7 @@ def test_every_weight_but_the_pitch_heads_gets_a_gradient() -> None:
 
 def test_the_envelope_interpolates_between_the_bands_centres() -> None:
     """A mel that is linear in Hz stays so between the outer bands, and is held beyond them."""
-    from waveflow.audio.mel import mel_center_hz
+    from waveflow.audio.filters import mel_center_hz
 
     flow = build_flow(FrameGlowConfig(n_levels=0, n_flows=0), HIFIGAN)
     centres = torch.as_tensor(mel_center_hz(HIFIGAN))

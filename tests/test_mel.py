@@ -9,13 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from waveflow.audio.dequantise import STEP_16_BIT, dequantise
-from waveflow.audio.mel import (
-    MEL_PRESETS,
-    MelConfig,
-    MelSpectrogram,
-    mel_center_hz,
-    mel_filterbank,
-)
+from waveflow.audio.filters import mel_center_hz, mel_filterbank
+from waveflow.audio.mel import MEL_PRESETS, MelConfig, MelSpectrogram
 from waveflow.audio.stft import hann_window, istft, stft
 
 FIXTURE = np.load(Path(__file__).parent / "fixtures" / "mel.npz")

@@ -38,6 +38,9 @@ OPTIONAL = {
     "distillmos",
     "wandb",
     "huggingface_hub",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
 }
 CODE_IN_DATA = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # The one file that may import pickle, to derive a class from its unpickler.

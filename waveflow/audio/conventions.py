@@ -11,11 +11,10 @@ from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from waveflow.audio.conversion import spectral_density
-from waveflow.audio.mel import MelSpectrogram, mel_center_hz, unit_of_log
+from waveflow.audio.filters import hann_values, mel_center_hz, mel_filterbank, unit_of_log
 from waveflow.audio.mel_config import MelConfig
 from waveflow.audio.mel_names import NATIVE, SCALES, convention_named
 from waveflow.errors import MelMismatchError
@@ -201,7 +200,7 @@ def _prior(name: str, mel: NDArray[np.float64]) -> float:
 def _score(mel: NDArray[np.float64], config: MelConfig) -> float:
     if not _within(mel, config):
         return -math.inf
-    density = spectral_density(torch.from_numpy(mel), config).numpy()
+    density = spectral_density(mel, config)
     free = (mel > mel.min() + 1e-6 * np.ptp(mel)) & (mel < mel.max())
     movement = _movement(density, free)
     if not movement > 0:
@@ -236,7 +235,7 @@ def _within(mel: NDArray[np.float64], config: MelConfig) -> bool:
     return config.clip[0] - slack <= low and high <= config.clip[1] + slack
 
 
-def _movement(density: NDArray[np.float64], free: NDArray[np.bool_]) -> float:
+def _movement(density: NDArray[np.floating], free: NDArray[np.bool_]) -> float:
     """Median of the second difference over time, where no value is at an end of the scale."""
     inner = free[:, 2:] & free[:, 1:-1] & free[:, :-2]
     changes = np.abs(np.diff(density, n=2, axis=1))[inner]
@@ -245,10 +244,14 @@ def _movement(density: NDArray[np.float64], free: NDArray[np.bool_]) -> float:
 
 @lru_cache(maxsize=64)
 def _noise_movement(config: MelConfig) -> float:
-    noise = torch.randn(
-        120 * config.hop_length, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    density = spectral_density(MelSpectrogram(config)(noise), config).numpy()[:, 4:-4]
+    """`_movement` of noise, in a mel of natural logarithms."""
+    noise = np.random.default_rng(0).standard_normal(120 * config.hop_length)
+    noise[1:] -= config.preemphasis * noise[:-1]
+    frames = np.lib.stride_tricks.sliding_window_view(noise, config.n_fft)[:: config.hop_length]
+    window = hann_values(config.win_length, config.n_fft, config.window)
+    magnitudes = np.abs(np.fft.rfft(frames * window)) ** config.power
+    linear = config.gain * mel_filterbank(config) @ magnitudes.T
+    density = spectral_density(np.log(np.maximum(linear, config.log_floor)), config)
     return _movement(density, np.ones(density.shape, bool))
 
 

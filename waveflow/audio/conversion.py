@@ -3,17 +3,17 @@
 Without loss: base, decibels, floor, gain, scale and offset, area normalisation. Framing and the
 edges' padding (`padding`, `pad_mode`, `window`) change no value: a mel framed otherwise is spoken
 half a hop early or late, which `delay_samples` tells. With loss: all else, by interpolation.
+
+All is numpy, so that mels can be converted where there is no torch.
 """
 
 from functools import lru_cache
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from waveflow.audio.mel import mel_center_hz, mel_filterbank, per_band, unit_of_log
+from waveflow.audio.filters import hann_values, mel_center_hz, mel_filterbank, unit_of_log
 from waveflow.audio.mel_config import MelConfig, edge_padding
-from waveflow.audio.stft import hann_values
 from waveflow.errors import MelMismatchError
 
 # Fields whose difference loses something.
@@ -24,6 +24,8 @@ LOSSY = (
 
 # ln E|X| - ln sqrt(E|X|^2) of noise, whose magnitudes are Rayleigh distributed: ln sqrt(pi / 4).
 _MEAN_TO_ROOT = -0.1208
+
+Mel = NDArray[np.floating]
 
 
 class MelConversion:
@@ -45,8 +47,8 @@ class MelConversion:
     Example:
         >>> natural = MelConfig(sample_rate=22050)
         >>> log10 = natural.model_copy(update={"log": "10"})
-        >>> MelConversion(log10, natural)(torch.full((80, 1), -2.0))[0]
-        tensor([-4.6052])
+        >>> MelConversion(log10, natural)(np.full((80, 1), -2.0))[0].round(4)
+        array([-4.6052])
     """
 
     def __init__(self, source: MelConfig, target: MelConfig, lossy: bool = False) -> None:
@@ -74,7 +76,7 @@ class MelConversion:
             return 0
         return round(_centre(self.source) - _centre(self.target))
 
-    def __call__(self, mel: Tensor) -> Tensor:
+    def __call__(self, mel: Mel) -> Mel:
         """The converted mel.
 
         Args:
@@ -91,16 +93,16 @@ class MelConversion:
                 logs = self._resampled(logs)
         return _in_convention(logs, self.target)
 
-    def _bands(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _bands(self, like: Mel) -> tuple[Mel, Mel]:
         """Matrix (M, M') and shift (M, 1) from the source's logarithms to the target's."""
         a, b = self.source, self.target
         to, at = mel_center_hz(b), mel_center_hz(a)
         at_source = np.interp(to, at, np.arange(a.n_mels))
         matrix = b.power / a.power * _interpolation(at_source, a.n_mels)
         shift = np.array(_level(b)) - matrix @ np.array(_level(a))
-        return torch.from_numpy(matrix).to(like), torch.from_numpy(shift[:, None]).to(like)
+        return matrix.astype(like.dtype), shift[:, None].astype(like.dtype)
 
-    def _resampled(self, logs: Tensor) -> Tensor:
+    def _resampled(self, logs: Mel) -> Mel:
         """(..., M, F) at the target's frames, (..., M, F')."""
         a, b = self.source, self.target
         n_frames = logs.shape[-1]
@@ -108,14 +110,13 @@ class MelConversion:
         n_wanted = b.n_frames(max(1, round(n_hops * a.hop_length * b.sample_rate / a.sample_rate)))
         seconds = (np.arange(n_wanted) * b.hop_length + _centre(b)) / b.sample_rate
         places = ((seconds * a.sample_rate - _centre(a)) / a.hop_length).clip(0, n_frames - 1)
-        first = np.minimum(places.astype(np.int64), max(n_frames - 2, 0))
-        share = torch.from_numpy(places - first).to(logs)
-        left = torch.from_numpy(first).to(logs.device)
-        right = (left + 1).clamp_max(n_frames - 1)
-        return torch.lerp(logs[..., left], logs[..., right], share)
+        left = np.minimum(places.astype(np.int64), max(n_frames - 2, 0))
+        right = np.minimum(left + 1, n_frames - 1)
+        share = (places - left).astype(logs.dtype)
+        return logs[..., left] + share * (logs[..., right] - logs[..., left])
 
 
-def spectral_density(mel: Tensor, config: MelConfig) -> Tensor:
+def spectral_density(mel: Mel, config: MelConfig) -> Mel:
     """ln of the amplitude density that noise with this mel has, of whatever convention it is.
 
     Args:
@@ -124,7 +125,7 @@ def spectral_density(mel: Tensor, config: MelConfig) -> Tensor:
     Returns:
         As the mel. White noise of standard deviation 1 at a sample rate of 1 Hz has 0.
     """
-    level = per_band(_level(config), mel)
+    level = _per_band(_level(config), mel)
     return (_plain(mel, config) - level) / config.power
 
 
@@ -133,42 +134,54 @@ def _of(config: MelConfig, name: str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _per_band(value: float | tuple[float, ...], like: Mel) -> Mel:
+    """A scale or an offset for mels (..., n_mels, F) like this one."""
+    values = np.asarray(value, like.dtype)
+    return values[:, None] if values.ndim else values
+
+
 def _centre(config: MelConfig) -> float:
     """The sample in the middle of frame 0."""
     edge = edge_padding(config.n_fft, config.hop_length, config.padding)
     return config.n_fft / 2 - edge
 
 
-def _plain(mel: Tensor, config: MelConfig) -> Tensor:
+def _plain(mel: Mel, config: MelConfig) -> Mel:
     """Natural logarithms of the spectra, of area-normalised bands, without gain or floor."""
     # Far below every floor, and not so far that an interpolation beside it would be silence.
     least = 1e-10
-    values = (mel - per_band(config.offset, mel)) / per_band(config.scale, mel)
+    values = (mel - _per_band(config.offset, mel)) / _per_band(config.scale, mel)
     if config.clip is not None and config.log != "none":
         # A frame wholly at the lower end is silence; alone, a value there lay little below.
-        silent = (mel <= config.clip[0]).all(-2, keepdim=True)
-        values = values.masked_fill(silent, np.log(config.log_floor) * unit_of_log(config))
+        silent = (mel <= config.clip[0]).all(-2, keepdims=True)
+        silence = np.asarray(np.log(config.log_floor) * unit_of_log(config), mel.dtype)
+        values = np.where(silent, silence, values)
     if config.log == "none":
-        logs = values.clamp_min(least).log()
+        logs = np.log(np.maximum(values, least))
     else:
         logs = values / unit_of_log(config)
         if config.log_floor_mode == "add":
-            logs = (logs.exp() - config.log_floor).clamp_min(least).log()
-    return logs - per_band(_band_gain(config), mel)
+            logs = np.log(np.maximum(_exp(logs) - config.log_floor, least))
+    return logs - _per_band(_band_gain(config), mel)
 
 
-def _in_convention(logs: Tensor, config: MelConfig) -> Tensor:
+def _in_convention(logs: Mel, config: MelConfig) -> Mel:
     """The inverse of `_plain`, with the config's floor and clip."""
-    logs = logs + per_band(_band_gain(config), logs)
+    logs = logs + _per_band(_band_gain(config), logs)
     if config.log == "none":
-        mel = logs.exp()
+        mel = _exp(logs)
     else:
         floor = float(np.log(config.log_floor))
         added = config.log_floor_mode == "add"
-        floored = (logs.exp() + config.log_floor).log() if added else logs.clamp_min(floor)
+        floored = np.log(_exp(logs) + config.log_floor) if added else np.maximum(logs, floor)
         mel = floored * unit_of_log(config)
-    mel = mel * per_band(config.scale, mel) + per_band(config.offset, mel)
-    return mel if config.clip is None else mel.clamp(*config.clip)
+    mel = mel * _per_band(config.scale, mel) + _per_band(config.offset, mel)
+    return mel if config.clip is None else mel.clip(*config.clip)
+
+
+def _exp(logs: Mel) -> Mel:
+    with np.errstate(over="ignore"):  # of a mel that is no logarithm; it is refused as infinite
+        return np.exp(logs)
 
 
 @lru_cache(maxsize=128)

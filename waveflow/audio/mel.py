@@ -1,70 +1,16 @@
 """Mel spectrograms: their computation. Their settings are in `mel_config`."""
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from waveflow.audio.filters import hann_values, mel_filterbank, unit_of_log
 from waveflow.audio.mel_config import MEL_PRESETS as MEL_PRESETS
 from waveflow.audio.mel_config import MelConfig as MelConfig
 from waveflow.audio.samples import audio_tensor, check_shape
-from waveflow.audio.stft import hann_values, stft
+from waveflow.audio.stft import stft
 from waveflow.buffers import ExactBuffers
-
-
-def _hz_to_mel(hz: np.ndarray, scale: str) -> np.ndarray:
-    if scale == "htk":
-        return 2595.0 * np.log10(1.0 + hz / 700.0)
-    # Slaney 1998: linear to 1 kHz (15 mel), then 27 steps for each factor of 6.4.
-    above = 15.0 + np.log(np.maximum(hz, 1000.0) / 1000.0) * (27.0 / np.log(6.4))
-    return np.where(hz < 1000.0, hz * (3.0 / 200.0), above)
-
-
-def _mel_to_hz(mel: np.ndarray, scale: str) -> np.ndarray:
-    if scale == "htk":
-        return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
-    above = 1000.0 * np.exp((mel - 15.0) * (np.log(6.4) / 27.0))
-    return np.where(mel < 15.0, mel * (200.0 / 3.0), above)
-
-
-def _band_edges_hz(config: MelConfig) -> np.ndarray:
-    """(n_mels + 2,): band i rises from edge i to its centre i + 1 and falls to edge i + 2."""
-    low, high = _hz_to_mel(np.array([config.f_min, config.f_max_hz]), config.mel_scale)
-    return _mel_to_hz(np.linspace(low, high, config.n_mels + 2), config.mel_scale)
-
-
-def mel_center_hz(config: MelConfig) -> np.ndarray:
-    """Centre of each mel band in Hz, (n_mels,) float64."""
-    return _band_edges_hz(config)[1:-1]
-
-
-def mel_filterbank(config: MelConfig) -> np.ndarray:
-    """Triangular mel filters, (n_mels, n_fft // 2 + 1) float64, as librosa.filters.mel gives.
-
-    Reference: Slaney, Auditory Toolbox, 1998 (scale and area normalisation); HTK Book, section 5.4.
-    """
-    edges = _band_edges_hz(config)
-    bins = np.linspace(0.0, config.sample_rate / 2, config.n_fft // 2 + 1)
-    slopes = (bins - edges[:, None]) / np.diff(edges, append=np.inf)[:, None]
-    rising, falling = slopes[:-2], 1.0 - slopes[1:-1]
-    weights = np.maximum(0.0, np.minimum(rising, falling))
-    if config.norm == "slaney":
-        weights *= (2.0 / (edges[2:] - edges[:-2]))[:, None]
-    return weights
-
-
-def unit_of_log(config: MelConfig) -> float:
-    """The natural logarithm's factor to the config's: 1 for "e", 20 / ln 10 for decibels."""
-    match config.log:
-        case "2":
-            return 1 / math.log(2)
-        case "10":
-            return 1 / math.log(10)
-        case "db":
-            return 20 / config.power / math.log(10)
-    return 1.0
 
 
 def natural_log(linear: Tensor, config: MelConfig) -> Tensor:

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from waveflow.audio.mel import MelConfig, MelSpectrogram, mel_filterbank, natural_log
+from waveflow.audio.filters import mel_filterbank
+from waveflow.audio.mel import MelConfig, MelSpectrogram, natural_log
 from waveflow.audio.mel_config import edge_padding
 from waveflow.audio.stft import frame, overlap_add, pad_edges
 from waveflow.buffers import ExactBuffers

@@ -1,4 +1,4 @@
-"""What samples of audio may be, in one place for files (`io`) and arrays (`engine.checks`).
+"""What samples of audio may be, in one place for files (`io`) and arrays (`Vocoder`).
 
 Integers are scaled by their range. What cannot be meant is refused. What can be mended is mended,
 and a note says so.

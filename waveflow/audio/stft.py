@@ -5,13 +5,12 @@
 f: F = T // hop (HiFi-GAN). torch.istft refuses the second, so the overlap-add is here.
 """
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from waveflow.audio.mel_config import Padding, PadMode, Window, edge_padding
+from waveflow.audio.filters import hann_values
+from waveflow.audio.mel_config import Padding, PadMode, edge_padding
 
 
 def hann_window(
@@ -22,14 +21,6 @@ def hann_window(
 ) -> Tensor:
     """Periodic Hann window of `win_length` in the middle of a frame of `n_fft` samples."""
     return torch.from_numpy(hann_values(win_length, n_fft)).to(dtype).to(device)
-
-
-def hann_values(win_length: int, n_fft: int, window: Window = "periodic") -> NDArray[np.float64]:
-    """The values of `hann_window`; a symmetric one has a period of win_length - 1."""
-    period = win_length if window == "periodic" else max(win_length - 1, 1)
-    values = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(win_length) / period)
-    left = (n_fft - win_length) // 2
-    return np.pad(values, (left, n_fft - win_length - left))
 
 
 def pad_edges(audio: Tensor, amount: int, pad_mode: PadMode) -> Tensor:

@@ -1,16 +1,13 @@
 """`waveflow convert-mel`: mels of one convention in another one."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from waveflow.cli import options
 from waveflow.cli.jobs import errors_of, note_about, plan_jobs, run_jobs
 from waveflow.errors import ConfigError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def convert_mel(
@@ -65,8 +62,6 @@ def convert_mel(
     wanted = convention_named(target, own)
     given = own if source == AUTO else convention_named(source, own)
 
-    import torch
-
     from waveflow.engine.incoming import IncomingMels
     from waveflow.engine.options import SynthesisOptions
 
@@ -76,20 +71,20 @@ def convert_mel(
 
     def work(path: Path, target_path: Path) -> str:
         with errors_of(path):
-            mel: np.ndarray | torch.Tensor = read_mel(path)
+            mel = read_mel(path)
             notes = []
             if source == AUTO:  # what is told is a scale of the model's own mel
-                incoming = IncomingMels(own, told, torch.device("cpu"))
+                incoming = IncomingMels(own, told)
                 mel, _, _ = incoming.take(mel)
                 notes += incoming.notes
             settings = named if source == AUTO else named.changed({"time_major": turned})
-            incoming = IncomingMels(wanted, settings, torch.device("cpu"))
+            incoming = IncomingMels(wanted, settings)
             batch, _, _ = incoming.take(mel)
         if incoming.delay_samples:
             hops = incoming.delay_samples / wanted.hop_length
             notes.append(f"its frames lie {hops:+g} hops from where {target} has them")
         note_about(path, notes)
-        write_mel(target_path, batch[0].numpy())
+        write_mel(target_path, batch[0])
         return f"{batch.shape[1]} bands, {batch.shape[2]} frames"
 
     run_jobs(jobs, work)

@@ -27,6 +27,7 @@ from waveflow.cli.convert_mel import convert_mel
 from waveflow.cli.denoise import denoise
 from waveflow.cli.doctor import doctor
 from waveflow.cli.evaluate import evaluate
+from waveflow.cli.export import export
 from waveflow.cli.info import info
 from waveflow.cli.options import flat
 from waveflow.cli.prepare import prepare
@@ -83,7 +84,7 @@ def _waveflow(
 
 _VERBS = (
     vocode, resynth, mel, convert_mel, doctor, denoise, prepare, train, compare, evaluate, bench,
-    info, convert,
+    info, convert, export,
 )  # fmt: skip
 for _verb in _VERBS:
     app.command()(flat(_verb))

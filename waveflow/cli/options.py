@@ -38,6 +38,13 @@ class PrecisionName(StrEnum):
     int8 = "int8"
 
 
+class BackendName(StrEnum):
+    """What runs a model."""
+
+    torch = "torch"
+    onnx = "onnx"
+
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -76,6 +83,13 @@ Precision = Annotated[
         "--precision",
         help="Precision of matrix products. auto picks the faster of float32 and bfloat16 and says "
         "which; int8 needs the extra `int8`.",
+    ),
+]
+Backend = Annotated[
+    BackendName,
+    typer.Option(
+        "--backend",
+        help="onnx: --model is a .onnx file of `waveflow export`, and torch is not needed.",
     ),
 ]
 Compile = Annotated[

@@ -4,9 +4,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from waveflow.audio.mel_config import MelConfig
     from waveflow.engine.options import SynthesisOptions
     from waveflow.engine.vocoder import Vocoder
+    from waveflow.export.runtime import OnnxVocoder
 
 PIPE = Path("-")
+_TORCH_ONLY = ("precision", "compile", "denoise", "device")
 
 Recordings = Annotated[
     list[Path],
@@ -58,25 +60,28 @@ class Speaking(options.Sampling, options.Loading):
 
     def speak(
         self,
-        vocoder: "Vocoder",
+        vocoder: "Vocoder | OnnxVocoder",
         mel: "np.ndarray | Tensor",
         source: Path,
         n_samples: int | None = None,
     ) -> "np.ndarray":
         """Returns the first samples of a mel's speech; notes and errors name the source."""
+        from waveflow.engine.checks import as_array
+
         with errors_of(source):
             speech = vocoder.synthesise(mel, self.options())
             audio = speech.audio[:n_samples]
             if self.denoise is not None:
-                audio = vocoder.denoise(audio, self.denoise)
+                audio = cast("Vocoder", vocoder).denoise(audio, self.denoise)
         note_about(source, speech.notes)
-        return audio.cpu().numpy()
+        return as_array(audio)
 
 
 @dataclass(frozen=True)
 class Vocoding(Speaking):
-    """The options of `vocode`: those of speech, and what the mels are in."""
+    """The options of `vocode`: those of speech, what the mels are in, and what runs the model."""
 
+    backend: options.Backend = options.BackendName.torch
     convention: options.Convention = None
     time_major: options.TimeMajorOption = options.TimeMajor.no
     lossy: options.Lossy = False
@@ -90,6 +95,23 @@ class Vocoding(Speaking):
                 "lossy": self.lossy,
             }
         )
+
+    def speaker(self) -> "Vocoder | OnnxVocoder":
+        """Loads what speaks, after a check of the options."""
+        if self.backend == options.BackendName.torch:
+            return self.vocoder()
+        self.options()
+        for field in fields(self):
+            if field.name in _TORCH_ONLY and getattr(self, field.name) != field.default:
+                raise ConfigError(f"--{field.name} is not for --backend onnx: leave it out")
+        if self.model is None or not self.model.endswith(".onnx"):
+            raise ConfigError(
+                f"--backend onnx takes a .onnx file, not {self.model or 'the model that ships'}: "
+                "make one by `waveflow export`"
+            )
+        from waveflow.export.runtime import OnnxVocoder
+
+        return OnnxVocoder(Path(self.model), self.threads)
 
 
 def vocode(
@@ -133,6 +155,7 @@ def vocode(
       waveflow vocode a.npy b.npy -o wavs/
       waveflow vocode mels/ -o wavs/ --model runs/x --device cuda
       waveflow vocode mel.npy -o out.wav --convention log10 --time-major yes
+      waveflow vocode mel.npy -o out.wav --backend onnx --model frameglow.onnx
       cat mel.npy | waveflow vocode - -o - | aplay -t raw -f S16_LE -r 22050
     """
     from waveflow.audio.io import MEL_SUFFIXES, check_audio_name, read_mel, write_audio
@@ -145,7 +168,7 @@ def vocode(
     jobs = plan_jobs(sources, out, MEL_SUFFIXES, ".wav", speaking.force)
     if jobs.names is None:
         check_audio_name(jobs.out, speaking.float32)
-    vocoder = speaking.vocoder()
+    vocoder = speaking.speaker()
 
     def work(path: Path, target: Path) -> str:
         audio = speaking.speak(vocoder, read_mel(path), path)
@@ -160,6 +183,8 @@ def _stream(source: Path, out: Path, speaking: Vocoding) -> None:
     from waveflow.audio.io import check_audio_name, read_mel, read_mels
 
     check_alone("a pipe")
+    if speaking.backend == options.BackendName.onnx:
+        raise ConfigError("a graph speaks a mel as a whole: --backend onnx takes no pipe")
     if speaking.denoise is not None:
         raise ConfigError("--denoise works on whole files, not on a pipe: leave it out")
     if source.is_dir():

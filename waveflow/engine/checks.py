@@ -1,14 +1,20 @@
-"""Checks a vocoder's inputs, once, and turns them into tensors on its device."""
+"""Checks mels, once, and turns them into float32 arrays. Nothing here imports torch."""
 
+import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from waveflow.audio.samples import MOST_PEAK, audio_tensor, check_range, check_shape
 from waveflow.errors import MelMismatchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Lengths = Tensor | np.ndarray | Sequence[int]
+
+Floats = NDArray[np.float32]
 
 # A frame of one value is silence at the floor of some convention, or padding. Frames of natural
 # logarithms are silence below -8 and go down to -23.03, a floor of 1e-10.
@@ -19,13 +25,12 @@ _FEWEST_BANDS = 8
 
 
 def checked_mel(
-    mel: Tensor | np.ndarray,
+    mel: Any,
     n_mels: int,
-    device: torch.device,
-    lengths: Tensor | None = None,
+    lengths: NDArray[np.int64] | None = None,
     whose: str = "the model takes",
-) -> tuple[Tensor, bool]:
-    """(B, M, F) float32 on the device, padding zeroed; and whether the batch axis was added.
+) -> tuple[Floats, bool]:
+    """(B, M, F), padding zeroed; and whether the batch axis was added.
 
     Args:
         whose: what wants `n_mels` bands, with a verb.
@@ -34,34 +39,31 @@ def checked_mel(
         MelMismatchError: wrong number of bands, shape, or values that are no real numbers or not
             finite.
     """
-    batch = mel_tensor(mel, device)
-    squeezed = batch.dim() == 2
+    batch = mel_array(mel)
+    squeezed = batch.ndim == 2
     batch = batch[None] if squeezed else batch
-    if batch.dim() != 3:
-        raise MelMismatchError(
-            f"a mel is ({n_mels}, F) or (B, {n_mels}, F), not {tuple(batch.shape)}"
-        )
+    if batch.ndim != 3:
+        raise MelMismatchError(f"a mel is ({n_mels}, F) or (B, {n_mels}, F), not {batch.shape}")
     if batch.shape[1] != n_mels:
         turned = "; transpose it, or change --time-major (time_major)"
         hint = turned if batch.shape[2] == n_mels else ""
         raise MelMismatchError(f"this mel has {batch.shape[1]} bands, {whose} {n_mels}{hint}")
-    if not batch.numel():
-        raise MelMismatchError(f"this mel is empty: {tuple(batch.shape)}")
+    if not batch.size:
+        raise MelMismatchError(f"this mel is empty: {batch.shape}")
     if lengths is not None:
-        positions = torch.arange(batch.shape[2], device=device)
-        batch = batch.masked_fill((positions >= lengths[:, None])[:, None], 0.0)
-    if not torch.isfinite(batch).all():
+        batch = np.where((np.arange(batch.shape[2]) >= lengths[:, None])[:, None], 0, batch)
+    if not np.isfinite(batch).all():
         raise MelMismatchError("this mel holds NaN or infinite values")
     return batch, squeezed
 
 
-def band_major(mel: Tensor, n_mels: int, time_major: bool | Literal["auto"]) -> Tensor:
+def band_major(mel: Floats, n_mels: int, time_major: bool | Literal["auto"]) -> Floats:
     """A mel whose bands are the last axis but one.
 
     Raises:
         MelMismatchError: "auto", and both axes may be the bands.
     """
-    if mel.dim() not in (2, 3) or time_major is False:
+    if mel.ndim not in (2, 3) or time_major is False:
         return mel
     rows, columns = mel.shape[-2:]
     if time_major == "auto":
@@ -71,47 +73,34 @@ def band_major(mel: Tensor, n_mels: int, time_major: bool | Literal["auto"]) -> 
                 "(time_major=True or False)"
             )
         time_major = columns == n_mels
-    return mel.transpose(-1, -2) if time_major else mel
+    return mel.swapaxes(-1, -2) if time_major else mel
 
 
-def checked_lengths(
-    mel: Tensor | np.ndarray, lengths: Tensor | np.ndarray | Sequence[int], device: torch.device
-) -> Tensor:
-    """(B,) int64 on the device, frames of each item of mel (B, M, F).
+def checked_lengths(mel: Floats, lengths: "Lengths") -> NDArray[np.int64]:
+    """(B,), frames of each item of mel (B, M, F).
 
     Raises:
         MelMismatchError: no integers, not one for each item, or out of range.
     """
-    frames = torch.as_tensor(lengths, device=device)
-    if mel.ndim != 3 or frames.shape != mel.shape[:1] or frames.is_floating_point():
+    frames = as_array(lengths)
+    if mel.ndim != 3 or frames.shape != mel.shape[:1] or frames.dtype.kind not in "iu":
         raise MelMismatchError(
             f"lengths are integers (B,) for a batch (B, M, F), not {frames.dtype} "
-            f"{tuple(frames.shape)} for a mel {tuple(mel.shape)}"
+            f"{frames.shape} for a mel {mel.shape}"
         )
     if not ((frames >= 1) & (frames <= mel.shape[2])).all():
         raise MelMismatchError(
             f"lengths {frames.tolist()} are out of range: this mel has {mel.shape[2]} frames"
         )
-    return frames.long()
-
-
-def checked_audio(audio: Any, device: torch.device, most_peak: float = MOST_PEAK) -> Tensor:
-    """(T,) or (B, T) float32 on the device; integers are scaled by their type's range.
-
-    Raises:
-        AudioError: another shape, empty, no real numbers, samples that are not finite or beyond
-            `most_peak`.
-    """
-    samples = audio_tensor(audio).detach().to(device, torch.float32)
-    check_shape(samples.shape)
-    low, high = samples.aminmax()
-    check_range(float(low), float(high), most_peak)
-    return samples
+    return frames.astype(np.int64)
 
 
 def silence_padding(
-    mel: Tensor, floor: float, lengths: Tensor | None = None, after_speech: bool = False
-) -> tuple[Tensor, int]:
+    mel: Floats,
+    floor: float,
+    lengths: NDArray[np.int64] | None = None,
+    after_speech: bool = False,
+) -> tuple[Floats, int]:
     """A mel (B, M, F) with silence in the place of padding, and the number of such frames.
 
     Padding is a frame with one value in all bands, which is no silence: 0.0 would be loud noise.
@@ -122,18 +111,18 @@ def silence_padding(
         lengths: (B,), frames of each item; what lies beyond is not looked at.
         after_speech: the mel goes on from a piece with other frames.
     """
-    low, high = mel.aminmax(dim=1)
+    low, high = mel.min(1), mel.max(1)
     padding = (low == high) & ((high > _LOUDEST_SILENCE) | (high < _LEAST_LOGARITHM))
     if mel.shape[1] < _FEWEST_BANDS or not padding.any():
         return mel, 0
-    inside = torch.ones_like(padding)
+    inside = np.ones_like(padding)
     if lengths is not None:
-        inside = torch.arange(mel.shape[2], device=mel.device) < lengths[:, None]
+        inside = np.arange(mel.shape[2]) < lengths[:, None]
     padding &= inside
     others = low[inside & ~padding]
-    if not (after_speech if others.numel() == 0 else bool((others < 0).any())):
+    if not (after_speech if others.size == 0 else bool((others < 0).any())):
         return mel, 0
-    return mel.masked_fill(padding[:, None], floor), int(padding.sum())
+    return np.where(padding[:, None], np.float32(floor), mel), int(padding.sum())
 
 
 def padding_notes(n_padding: int, n_frames: int) -> list[str]:
@@ -146,15 +135,10 @@ def padding_notes(n_padding: int, n_frames: int) -> list[str]:
     ]
 
 
-def mel_tensor(mel: Any, device: torch.device) -> Tensor:
-    """float32 on the device, of anything that holds real numbers."""
+def mel_array(mel: Any) -> Floats:
+    """float32 of anything that holds real numbers, tensors on any device too."""
     try:
-        if isinstance(mel, Tensor):
-            values = mel.detach().to_dense()
-            if values.is_complex() or values.dtype == torch.bool:
-                raise TypeError(f"it is of {values.dtype}")
-            return values.to(device, torch.float32)
-        array = np.asarray(mel)
+        array = as_array(mel)
         if array.dtype.kind not in "fiu":
             raise TypeError(f"it is of {array.dtype}, {type(mel).__name__}")
     except (TypeError, ValueError, RuntimeError) as error:
@@ -162,4 +146,13 @@ def mel_tensor(mel: Any, device: torch.device) -> Tensor:
         raise MelMismatchError(f"a mel is an array of real numbers: {reason}") from error
     with np.errstate(over="ignore"):  # values that overflow are refused as infinite
         # A copy: torch takes no reversed, byte-swapped or read-only arrays.
-        return torch.from_numpy(np.array(array, np.float32, order="C")).to(device)
+        return np.array(array, np.float32, order="C")
+
+
+def as_array(values: Any) -> NDArray[Any]:
+    """An array of a tensor, sparse and on a GPU as it may be, or of anything numpy takes."""
+    torch = sys.modules.get("torch")  # who has a tensor has loaded it
+    if torch is None or not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    dense = values.detach().to_dense().cpu()
+    return (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from waveflow.audio.conventions import FEWEST_TO_FIND, Reading, rank, readings_of
 from waveflow.audio.mel_config import MEL_PRESETS, MelConfig
@@ -72,7 +71,7 @@ def diagnose(vocoder: Vocoder, mel: np.ndarray) -> list[Diagnosis]:
     best = groups[0][0].score
     if not np.isfinite(best):
         raise MelMismatchError("this mel is not like speech in any convention")
-    middle = middle_of(torch.from_numpy(np.array(mel, np.float32)))
+    middle = middle_of(np.array(mel, np.float32))
     found = []
     for group in groups:
         behind = best - group[0].score

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from waveflow.audio.conventions import Reading, rank
 from waveflow.audio.conversion import MelConversion
-from waveflow.audio.mel import mel_center_hz
+from waveflow.audio.filters import mel_center_hz
 from waveflow.audio.mel_config import MEL_PRESETS, MelConfig
+from waveflow.engine.checks import Floats
 from waveflow.engine.options import SynthesisOptions
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ _FRAMES = 344
 _NATIVE = SynthesisOptions(convention="native")
 
 
-def middle_of(mel: Tensor) -> Tensor:
+def middle_of(mel: Floats) -> Floats:
     """The frames (M, F) in the middle, as many as `evidence` needs."""
     start = max(0, (mel.shape[1] - _FRAMES) // 2)
     return mel[:, start : start + _FRAMES]
 
 
-def likelier_bands(vocoder: "Vocoder", mel: Tensor, found: Reading) -> Reading:
+def likelier_bands(vocoder: "Vocoder", mel: Floats, found: Reading) -> Reading:
     """A preset of the same scale and frames whose bands are clearly likelier, else what was found.
 
     Args:
@@ -61,7 +61,7 @@ def likelier_bands(vocoder: "Vocoder", mel: Tensor, found: Reading) -> Reading:
     configs = {found.name: found.config} | {name: MEL_PRESETS[name] for name in names.values()}
     told = {
         reading.name: VALUES * reading.score + evidence(vocoder, piece, reading.config)
-        for reading in rank(mel.numpy(), configs)
+        for reading in rank(mel, configs)
     }
     best = max(told, key=lambda name: told[name])
     if told[best] <= told[found.name] + _SURELY:
@@ -70,7 +70,7 @@ def likelier_bands(vocoder: "Vocoder", mel: Tensor, found: Reading) -> Reading:
 
 
 @torch.no_grad()
-def evidence(vocoder: "Vocoder", mel: Tensor, config: MelConfig) -> float:
+def evidence(vocoder: "Vocoder", mel: Floats, config: MelConfig) -> float:
     """Nats per sample of a draw over a Gaussian of the same spectrum, minus the speech's misfit.
 
     Args:
@@ -78,7 +78,8 @@ def evidence(vocoder: "Vocoder", mel: Tensor, config: MelConfig) -> float:
         mel: (M, F) in the convention `config`.
     """
     own = vocoder.mel_config
-    converted = MelConversion(config, own, lossy=True)(mel).to(vocoder.device)
+    exact = MelConversion(config, own, lossy=True)(mel)
+    converted = torch.from_numpy(exact.astype(np.float32)).to(vocoder.device)
     if not float(converted.max()) < 8.0:
         return -float("inf")  # a full-scale roar
     draw = vocoder.draw(converted, _NATIVE)

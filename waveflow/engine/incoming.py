@@ -1,23 +1,24 @@
 """Takes mels as their makers have them, and gives a model's own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from waveflow.audio.conventions import FEWEST_FRAMES, Reading, find_convention, foreign_words
 from waveflow.audio.conversion import MelConversion
 from waveflow.audio.mel_config import MelConfig
 from waveflow.audio.mel_names import AUTO, NATIVE, convention_named
-from waveflow.engine.checks import band_major, checked_lengths, checked_mel, mel_tensor
+from waveflow.engine.checks import Floats, band_major, checked_lengths, checked_mel, mel_array
 from waveflow.engine.options import SynthesisOptions
 from waveflow.errors import ConfigError, MelMismatchError
 
+if TYPE_CHECKING:
+    from waveflow.engine.checks import Lengths
+
 # No more of a mel is looked at: an hour of it would take its size again.
 _MOST_FRAMES = 10_000
-
-Lengths = Tensor | np.ndarray | Sequence[int]
 
 
 class IncomingMels:
@@ -28,7 +29,6 @@ class IncomingMels:
     Args:
         own: the model's convention.
         options: what the mels are in.
-        device: the model's.
         judges: whether a mel without a convention is refused where it is clearly foreign.
         likelier: asked with convention "auto" for better bands than the model's own, given a mel
             (M, F) and its scale.
@@ -44,15 +44,13 @@ class IncomingMels:
         self,
         own: MelConfig,
         options: SynthesisOptions,
-        device: torch.device,
         judges: bool = False,
-        likelier: Callable[[Tensor, Reading], Reading] = lambda mel, found: found,
+        likelier: Callable[[Floats, Reading], Reading] = lambda mel, found: found,
     ) -> None:
         self._likelier = likelier
         self._own = own
         self._options = options
-        self._device = device
-        self._seen: list[np.ndarray] | None = None
+        self._seen: list[Floats] | None = None
         self._conversion: MelConversion | None = None
         self.notes: list[str] = []
         convention = options.convention
@@ -69,42 +67,42 @@ class IncomingMels:
         return 0 if self._conversion is None else self._conversion.delay_samples
 
     def take(
-        self, mel: Tensor | np.ndarray, lengths: Lengths | None = None
-    ) -> tuple[Tensor, bool, Tensor | None]:
+        self, mel: Any, lengths: "Lengths | None" = None
+    ) -> tuple[Floats, bool, NDArray[np.int64] | None]:
         """A mel of the model's convention.
 
         Args:
-            mel: (B, M, F) or (M, F), or (B, F, M) or (F, M) as the options say.
+            mel: (B, M, F) or (M, F), or (B, F, M) or (F, M) as the options say; an array or a
+                tensor.
             lengths: (B,), frames of each item.
 
         Returns:
-            (B, M, F) float32; whether the batch axis was added; and the lengths as a tensor.
+            (B, M, F); whether the batch axis was added; and the lengths.
 
         Raises:
             MelMismatchError: wrong bands, shape, lengths or values, or another convention.
         """
         source = self._own if self._conversion is None else self._conversion.source
         whose = "the model takes" if source.n_mels == self._own.n_mels else "its convention has"
-        turned = band_major(mel_tensor(mel, self._device), source.n_mels, self._options.time_major)
-        frames = None if lengths is None else checked_lengths(turned, lengths, self._device)
-        batch, squeezed = checked_mel(turned, source.n_mels, self._device, frames, whose)
+        turned = band_major(mel_array(mel), source.n_mels, self._options.time_major)
+        frames = None if lengths is None else checked_lengths(turned, lengths)
+        batch, squeezed = checked_mel(turned, source.n_mels, frames, whose)
         if self._conversion is None and self._options.convention == AUTO:
             self._find(batch, frames)
         if self._conversion is not None:
             if frames is not None and self._conversion.changes_frames:
                 raise ConfigError("a mel of another rate or hop takes no lengths: give one mel")
-            batch = self._conversion(batch)
-            _ = checked_mel(batch, self._own.n_mels, self._device)  # exp may overflow
+            batch, _ = checked_mel(self._conversion(batch), self._own.n_mels)  # exp may overflow
         self._judge(batch, frames)
         return batch, squeezed, frames
 
-    def piece(self, mel: Tensor | np.ndarray) -> Tensor:
+    def piece(self, mel: Any) -> Floats:
         """The next piece (1, M, f) of a stream, as `take`."""
         if self._conversion is not None and self._conversion.changes_frames:
             raise ConfigError("a mel of another rate or hop is converted as a whole: no stream")
         batch, _, _ = self.take(mel)
         if len(batch) != 1:
-            raise MelMismatchError(f"a stream is of one mel (M, f), not {tuple(batch.shape)}")
+            raise MelMismatchError(f"a stream is of one mel (M, f), not {batch.shape}")
         return batch
 
     def finish(self) -> None:
@@ -120,10 +118,10 @@ class IncomingMels:
         if config != self._own:
             self._conversion = MelConversion(config, self._own, self._options.lossy)
 
-    def _find(self, batch: Tensor, frames: Tensor | None) -> None:
+    def _find(self, batch: Floats, frames: NDArray[np.int64] | None) -> None:
         items = list(_items(batch, frames))
         found = find_convention(np.concatenate(items, axis=1), self._own)
-        found = self._likelier(torch.from_numpy(max(items, key=np.size)), found)
+        found = self._likelier(max(items, key=np.size), found)
         self._options = self._options.changed({"convention": found.config})
         try:
             self._convert_from(found.config)
@@ -132,7 +130,7 @@ class IncomingMels:
         if found.name != NATIVE:
             self.notes.append(f"taken for {found.name}")
 
-    def _judge(self, batch: Tensor, frames: Tensor | None) -> None:
+    def _judge(self, batch: Floats, frames: NDArray[np.int64] | None) -> None:
         """Looks at each item, or at the first pieces of a stream until they are long enough."""
         if self._seen is None:
             return
@@ -146,40 +144,14 @@ class IncomingMels:
             self._decide(items[0])
             self._seen += items
 
-    def _decide(self, mel: np.ndarray) -> None:
+    def _decide(self, mel: Floats) -> None:
         if words := foreign_words(mel, self._own):
             raise MelMismatchError(words)
         if mel.shape[1] >= FEWEST_FRAMES:
             self._seen = None
 
 
-def _items(batch: Tensor, frames: Tensor | None) -> Iterator[np.ndarray]:
+def _items(batch: Floats, frames: NDArray[np.int64] | None) -> Iterator[Floats]:
     ends = [batch.shape[2]] * len(batch) if frames is None else frames.tolist()
     for item, end in zip(batch, ends, strict=True):
-        yield item[:, : min(end, _MOST_FRAMES)].cpu().numpy()
-
-
-def delayed(pieces: Iterator[Tensor], n_samples: Callable[[], int]) -> Iterator[Tensor]:
-    """Pieces (..., n) of audio moved by some samples, back if negative; as many in all.
-
-    Zeros come in the place of what is missing at an end.
-
-    Args:
-        pieces: the audio.
-        n_samples: gives the delay, once the first piece is there.
-    """
-    held, skip, owed = None, 0, 0
-    for piece in pieces:
-        if held is None:
-            owed = n_samples()
-            held, skip = piece[..., :0], max(-owed, 0)
-            if owed > 0:
-                held = piece.new_zeros(*piece.shape[:-1], owed)
-        piece = torch.cat([held, piece], -1) if held.shape[-1] else piece
-        kept = piece[..., min(skip, piece.shape[-1]) : piece.shape[-1] - max(owed, 0)]
-        skip = max(skip - piece.shape[-1], 0)
-        held = piece[..., piece.shape[-1] - max(owed, 0) :]
-        if kept.shape[-1]:
-            yield kept
-    if held is not None and owed < 0:
-        yield held.new_zeros(*held.shape[:-1], -owed - skip)
+        yield item[:, : min(end, _MOST_FRAMES)]

@@ -84,11 +84,11 @@ class Speech(NamedTuple):
 
     Attributes:
         audio: (B, F hop_length), or (F hop_length,) of one mel, float32 in [-1, 1]; zeros beyond
-            an item's end.
+            an item's end. A tensor; an array of an ONNX graph.
         n_samples: (B,), the samples of each item; None where no lengths were given.
         notes: sentences for the listener: on a convention that was told, on clipped samples.
     """
 
-    audio: "Tensor"
+    audio: Any
     n_samples: "Tensor | None"
     notes: list[str]

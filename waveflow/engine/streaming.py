@@ -1,7 +1,7 @@
 """Synthesis of any length in bounded memory, as the mel arrives."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -149,3 +149,29 @@ class WindowedSynthesis:
 def window_context(flow: Flow, refinement: MelRefinement, steps: int) -> Context:
     """Frames to the left and to the right that a frame of refined audio depends on."""
     return flow.context + refinement.context_of_steps(steps)
+
+
+def delayed(pieces: Iterator[Tensor], n_samples: Callable[[], int]) -> Iterator[Tensor]:
+    """Pieces (..., n) of audio moved by some samples, back if negative; as many in all.
+
+    Zeros come in the place of what is missing at an end.
+
+    Args:
+        pieces: the audio.
+        n_samples: gives the delay, once the first piece is there.
+    """
+    held, skip, owed = None, 0, 0
+    for piece in pieces:
+        if held is None:
+            owed = n_samples()
+            held, skip = piece[..., :0], max(-owed, 0)
+            if owed > 0:
+                held = piece.new_zeros(*piece.shape[:-1], owed)
+        piece = torch.cat([held, piece], -1) if held.shape[-1] else piece
+        kept = piece[..., min(skip, piece.shape[-1]) : piece.shape[-1] - max(owed, 0)]
+        skip = max(skip - piece.shape[-1], 0)
+        held = piece[..., piece.shape[-1] - max(owed, 0) :]
+        if kept.shape[-1]:
+            yield kept
+    if held is not None and owed < 0:
+        yield held.new_zeros(*held.shape[:-1], -owed - skip)

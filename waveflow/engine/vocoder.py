@@ -20,15 +20,18 @@ from waveflow.audio.denoise import Bias, Denoiser
 from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.audio.mel_names import NATIVE
 from waveflow.audio.refine import MelRefinement
-from waveflow.audio.samples import MOST_PEAK_OF_DRAW, offset_of, without_offset
+from waveflow.audio.samples import (
+    MOST_PEAK,
+    MOST_PEAK_OF_DRAW,
+    audio_tensor,
+    check_range,
+    check_shape,
+    offset_of,
+    without_offset,
+)
 from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint
 from waveflow.door import check_plain
-from waveflow.engine.checks import (
-    checked_audio,
-    checked_mel,
-    padding_notes,
-    silence_padding,
-)
+from waveflow.engine.checks import Floats, checked_mel, padding_notes, silence_padding
 from waveflow.engine.contract import Decoder
 from waveflow.engine.decoder import (
     Precision,
@@ -38,9 +41,9 @@ from waveflow.engine.decoder import (
 )
 from waveflow.engine.evidence import likelier_bands
 from waveflow.engine.fast.int8 import speech_like_mel
-from waveflow.engine.incoming import IncomingMels, delayed
+from waveflow.engine.incoming import IncomingMels
 from waveflow.engine.options import OWN_OPTIONS, Speech, SynthesisOptions
-from waveflow.engine.streaming import WindowedSynthesis, window_context
+from waveflow.engine.streaming import WindowedSynthesis, delayed, window_context
 from waveflow.errors import AudioError, CheckpointError, ConfigError, MelMismatchError
 from waveflow.flow import Flow
 from waveflow.models.registry import build_flow
@@ -110,6 +113,14 @@ class Vocoder:
     def is_bound(self) -> bool:
         """Whether its likelihoods are lower bounds (`Flow.is_bound`)."""
         return self.flow.is_bound
+
+    @property
+    def judges_mels(self) -> bool:
+        """Whether a mel that is clearly in another convention is refused.
+
+        What speech is like is known; a model that does not tell its data may be of anything.
+        """
+        return self.config.provenance.mel_range is not None and self.mel_config.n_mels >= 20
 
     @property
     def decoder(self) -> Decoder:
@@ -205,17 +216,19 @@ class Vocoder:
     ) -> Speech:
         """As `__call__`, with its warnings as notes in the result: for servers and threads."""
         incoming = self._incoming(options)
-        batch, squeezed, frames = incoming.take(mel, lengths)
-        batch, n_padding = silence_padding(batch, self._silence, frames)
-        notes = incoming.notes + padding_notes(n_padding, batch.shape[0] * batch.shape[2])
+        given, squeezed, ends = incoming.take(mel, lengths)
+        given, n_padding = silence_padding(given, self._silence, ends)
+        notes = incoming.notes + padding_notes(n_padding, given.shape[0] * given.shape[2])
+        batch = self._on_device(given)
+        frames = None if ends is None else torch.from_numpy(ends).to(self.device)
         audio = self._all_of(self._synthesis(len(batch), options, frames), batch)
         notes += _clipping_notes(_n_clipped(audio, batch), audio.numel())
         audio.clamp_(-1, 1)
         if delay := incoming.delay_samples:
             audio = torch.cat(list(delayed(iter([audio]), lambda: delay)), 1)
             if frames is not None:
-                ends = frames[:, None] * self.hop_length
-                audio *= torch.arange(audio.shape[1], device=self.device) < ends
+                n_samples = frames[:, None] * self.hop_length
+                audio *= torch.arange(audio.shape[1], device=self.device) < n_samples
         if frames is None:
             return Speech(audio[0] if squeezed else audio, None, notes)
         return Speech(audio, frames * self.hop_length, notes)
@@ -284,8 +297,8 @@ class Vocoder:
         `log_prob` can be asked about it: a clipped sample has no likelihood to speak of.
         """
         options = options.changed(changes | {"refine": 0})
-        incoming = IncomingMels(self.mel_config, options, self.device)
-        batch, squeezed, _ = incoming.take(mel)
+        given, squeezed, _ = IncomingMels(self.mel_config, options).take(mel)
+        batch = self._on_device(given)
         audio = self._all_of(self._synthesis(len(batch), options), batch)
         return audio[0] if squeezed else audio
 
@@ -315,7 +328,7 @@ class Vocoder:
 
     @torch.no_grad()
     def _mel_to_copy(self, audio: Tensor | np.ndarray) -> tuple[Tensor, list[str]]:
-        samples = checked_audio(audio, self.device)
+        samples = _checked_audio(audio, self.device)
         if samples.dim() != 1:
             raise AudioError(f"resynth takes one waveform (T,), not {tuple(samples.shape)}")
         mended, notes = without_offset(samples.cpu().numpy(), self.sample_rate)
@@ -337,7 +350,7 @@ class Vocoder:
             strength: how often the bias is subtracted, 0 to 10.
             bias: the mel that the hum is heard in; default: the model's own (`denoiser_bias`).
         """
-        return self.denoiser(bias)(checked_audio(audio, self.device), strength)
+        return self.denoiser(bias)(_checked_audio(audio, self.device), strength)
 
     def denoiser(self, bias: Bias | None = None) -> Denoiser:
         """The denoiser of `denoise`; its bias, a second of synthesis, is computed once."""
@@ -355,7 +368,7 @@ class Vocoder:
 
         A warning tells of a DC offset, which becomes rumble in speech made from the mel.
         """
-        samples = checked_audio(audio, self.device)
+        samples = _checked_audio(audio, self.device)
         items = torch.atleast_2d(samples).cpu().numpy()
         offset = max(offset_of(item, self.sample_rate) for item in items)
         if offset:
@@ -385,7 +398,7 @@ class Vocoder:
 
         It undoes `encode` as exactly as the vocoder's precision allows.
         """
-        batch, _ = checked_mel(mel, self.mel_config.n_mels, self.device)
+        batch = self._on_device(checked_mel(mel, self.mel_config.n_mels)[0])
         n_positions = batch.shape[2] * self.hop_length // self.flow.channels
         expected = (len(batch), self.flow.latent_channels, n_positions)
         if tuple(z.shape) != expected:
@@ -395,9 +408,9 @@ class Vocoder:
 
     def _pair(self, audio: Tensor | np.ndarray, mel: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
         """Audio (B, T) and mel (B, M, F) cut to the same whole hops."""
-        samples = checked_audio(audio, self.device, MOST_PEAK_OF_DRAW)
+        samples = _checked_audio(audio, self.device, MOST_PEAK_OF_DRAW)
         samples = samples[None] if samples.dim() == 1 else samples
-        batch, _ = checked_mel(mel, self.mel_config.n_mels, self.device)
+        batch = self._on_device(checked_mel(mel, self.mel_config.n_mels)[0])
         n_frames = samples.shape[1] // self.hop_length
         if n_frames < 1:
             raise AudioError(
@@ -411,11 +424,11 @@ class Vocoder:
         return samples[:, : n_frames * self.hop_length], batch[:, :, :n_frames]
 
     def _incoming(self, options: SynthesisOptions) -> IncomingMels:
-        # What speech is like is known of speech; a model that does not tell its data may be of
-        # anything.
-        judges = self.config.provenance.mel_range is not None and self.mel_config.n_mels >= 20
         likelier = partial(likelier_bands, self)
-        return IncomingMels(self.mel_config, options, self.device, judges, likelier)
+        return IncomingMels(self.mel_config, options, self.judges_mels, likelier)
+
+    def _on_device(self, mel: Floats) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(mel)).to(self.device)
 
     def _synthesis(
         self, n_items: int, options: SynthesisOptions, lengths: Tensor | None = None
@@ -457,10 +470,11 @@ class Vocoder:
 
         piece = None
         for mel in mels:
-            piece = incoming.piece(mel)
+            given = incoming.piece(mel)
             for note in incoming.notes if not n_frames else ():
                 on_note(note)
-            piece, more = silence_padding(piece, self._silence, after_speech=n_frames > n_padding)
+            given, more = silence_padding(given, self._silence, after_speech=n_frames > n_padding)
+            piece = self._on_device(given)
             n_padding, n_frames = n_padding + more, n_frames + piece.shape[2]
             yield from clipped(synthesis.push(piece, least_frames), piece)
         if piece is None:
@@ -469,6 +483,20 @@ class Vocoder:
         yield from clipped(synthesis.finish(), piece)
         for note in padding_notes(n_padding, n_frames) + _clipping_notes(n_clipped, n_samples):
             on_note(note)
+
+
+def _checked_audio(audio: Any, device: torch.device, most_peak: float = MOST_PEAK) -> Tensor:
+    """(T,) or (B, T) float32 on the device; integers are scaled by their type's range.
+
+    Raises:
+        AudioError: another shape, empty, no real numbers, samples that are not finite or beyond
+            `most_peak`.
+    """
+    samples = audio_tensor(audio).detach().to(device, torch.float32)
+    check_shape(samples.shape)
+    low, high = samples.aminmax()
+    check_range(float(low), float(high), most_peak)
+    return samples
 
 
 def _warn_caller(notes: Sequence[str]) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from waveflow.audio.mel import MelConfig, MelSpectrogram, mel_filterbank, natural_log
+from waveflow.audio.filters import mel_filterbank
+from waveflow.audio.mel import MelConfig, MelSpectrogram, natural_log
 from waveflow.audio.stft import istft
 
 MOMENTUM = 0.99

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from waveflow.audio.mel import MelConfig, mel_center_hz
+from waveflow.audio.filters import mel_center_hz
+from waveflow.audio.mel import MelConfig
 from waveflow.bijections import (
     Affine,
     AllActive,

@@ -1,0 +1,1 @@
+"""Graphs of vocoders for other runtimes: ONNX and torch.export."""
