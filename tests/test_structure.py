@@ -22,7 +22,7 @@ LEVELS = [
     {"models"},
     {"checkpoint"},
     {"data", "engine", "foreign", "metrics", "publish", "training"},
-    {"tts", "export"},
+    {"adapters", "tts", "export"},
     {"cli"},
     {"__main__"},
 ]
@@ -41,6 +41,7 @@ OPTIONAL = {
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "TTS",
 }
 CODE_IN_DATA = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # The one file that may import pickle, to derive a class from its unpickler.

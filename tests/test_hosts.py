@@ -1,0 +1,263 @@
+"""Adapters inside the real libraries, with randomly initialised acoustic models, offline.
+
+A library that is not installed skips its tests. transformers comes with `pip install -e '.[test]'`.
+The others, each beside the packages of this one:
+
+    pip install --no-deps matcha-tts              # 0.0.7.2
+    pip install torchaudio                        # 2.11.1; needs torch of the same CUDA version
+    pip install speechbrain                       # 1.1.2
+    pip install coqui-tts                         # 0.28.0
+    pip install nemo_toolkit[tts]                 # 3.0.0
+    pytest tests/test_hosts.py
+"""
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from waveflow.adapters.coqui import CoquiVocoder, attach, coqui_audio, register
+from waveflow.adapters.hifigan import HiFiGANVocoder
+from waveflow.adapters.speechbrain import SpeechBrainVocoder
+from waveflow.adapters.torchaudio import TorchaudioVocoder, with_vocoder
+from waveflow.adapters.transformers import TransformersVocoder
+from waveflow.engine.vocoder import Vocoder, load
+
+HOP = 256
+# Untrained acoustic models give no speech, which a vocoder refuses without this.
+ANY = {"convention": "native"}
+
+
+def imported(name: str) -> Any:
+    """A library, or a skip: one that does not fit its torch fails with errors of all kinds."""
+    return pytest.importorskip(name, exc_type=(ImportError, OSError, RuntimeError))
+
+
+@pytest.fixture(scope="module")
+def vocoder(tiny_model: Path) -> Vocoder:
+    return load(tiny_model)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
+    torch.manual_seed(0)
+
+
+# --- transformers ---
+
+
+@pytest.fixture(scope="module")
+def speecht5() -> Any:
+    transformers = imported("transformers")
+    sizes = {"hidden_size": 16, "vocab_size": 20, "speaker_embedding_dim": 8}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 16}
+    config = transformers.SpeechT5Config(**sizes, speech_decoder_prenet_units=16)
+    torch.manual_seed(0)
+    return transformers.SpeechT5ForTextToSpeech(config).eval()
+
+
+SPEAKER = torch.ones(1, 8)
+TEXT = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 2]])
+
+
+def test_speecht5(speecht5: Any, vocoder: Vocoder) -> None:
+    torch.manual_seed(1)
+    mel = speecht5.generate_speech(TEXT, SPEAKER, maxlenratio=4.0)
+    torch.manual_seed(1)
+    ours = TransformersVocoder(vocoder, **ANY)
+    audio = speecht5.generate_speech(TEXT, SPEAKER, maxlenratio=4.0, vocoder=ours)
+    assert audio.shape == (len(mel) * HOP,)
+    assert torch.equal(audio, vocoder(mel.T, **ANY))
+
+
+def test_speecht5_in_batches_with_lengths(speecht5: Any, vocoder: Vocoder) -> None:
+    text = torch.cat([TEXT, TEXT])
+    mask = torch.ones_like(text)
+    mask[1, 4:] = 0
+    waves, lengths = speecht5.generate_speech(
+        text,
+        SPEAKER.repeat(2, 1),
+        attention_mask=mask,
+        maxlenratio=4.0,
+        vocoder=TransformersVocoder(vocoder, **ANY),
+        return_output_lengths=True,
+    )
+    assert waves.shape[0] == 2 and waves.shape[1] == max(lengths)
+    assert all(length % HOP == 0 for length in lengths)
+
+
+def fastspeech2_sizes() -> dict[str, Any]:
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "vocab_size": 20,
+        "speech_decoder_postnet_layers": 1,
+        "speech_decoder_postnet_units": 16,
+        "duration_predictor_channels": 16,
+        "energy_predictor_channels": 16,
+        "pitch_predictor_channels": 16,
+    }
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_num_attention_heads": 2, f"{side}_linear_units": 16}
+    return sizes
+
+
+def test_fastspeech2_conformers_slot(vocoder: Vocoder) -> None:
+    transformers = imported("transformers")
+    config = transformers.FastSpeech2ConformerConfig(**fastspeech2_sizes())
+    whole = transformers.FastSpeech2ConformerWithHifiGanConfig(
+        model_config=config.to_dict(),
+        vocoder_config=transformers.FastSpeech2ConformerHifiGanConfig(
+            upsample_initial_channel=16
+        ).to_dict(),
+    )
+    model = transformers.FastSpeech2ConformerWithHifiGan(whole).eval()
+    model.vocoder = TransformersVocoder(vocoder, **ANY)
+    with torch.no_grad():
+        made = model(TEXT, return_dict=True)
+    frames = made.spectrogram.shape[1]
+    assert made.waveform.shape == (1, frames * HOP)
+    expected = vocoder(made.spectrogram, time_major=True, **ANY)
+    torch.testing.assert_close(made.waveform, expected)
+
+
+def test_the_text_to_audio_pipeline(vocoder: Vocoder) -> None:
+    transformers, tokenizers = imported("transformers"), imported("tokenizers")
+    words = {"[UNK]": 0, "hello": 3, "world": 4}
+    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    config = transformers.FastSpeech2ConformerConfig(**fastspeech2_sizes())
+    pipeline = transformers.TextToAudioPipeline(
+        model=transformers.FastSpeech2ConformerModel(config).eval(),
+        tokenizer=transformers.PreTrainedTokenizerFast(tokenizer_object=letters),
+        vocoder=TransformersVocoder(vocoder, **ANY),
+    )
+    made = pipeline("hello world hello world")
+    assert made["sampling_rate"] == 22050
+    assert made["audio"].size >= HOP and made["audio"].size % HOP == 0
+
+
+# --- Matcha-TTS: a HiFi-GAN's denoiser ---
+
+
+def test_matchas_denoiser(vocoder: Vocoder) -> None:
+    denoiser_of = imported("matcha.hifigan.denoiser").Denoiser
+    ours = HiFiGANVocoder(vocoder)
+    denoiser = denoiser_of(ours, mode="zeros")
+    mel = -6 + torch.rand(1, 80, 40)
+    audio = ours(mel).clamp(-1, 1)
+    denoised = denoiser(audio.squeeze(0), strength=0.00025)
+    assert denoised.shape[-1] == 40 * HOP and torch.isfinite(denoised).all()
+    loud = denoiser(audio.squeeze(0), strength=1.0)
+    assert not torch.allclose(loud, denoised)
+
+
+# --- torchaudio: a bundle of Tacotron 2 ---
+
+
+def test_torchaudios_bundle(vocoder: Vocoder) -> None:
+    torchaudio = imported("torchaudio")
+    bundle = torchaudio.pipelines.TACOTRON2_GRIFFINLIM_CHAR_LJSPEECH
+    ours = TorchaudioVocoder(vocoder, **ANY)
+    speaker = with_vocoder(bundle, ours).get_vocoder()
+    assert speaker.sample_rate == bundle.get_vocoder().sample_rate == 22050
+    tacotron = torchaudio.models.Tacotron2(
+        n_symbol=38, symbol_embedding_dim=16, encoder_embedding_dim=16, decoder_max_step=20
+    ).eval()
+    tokens, n_tokens = bundle.get_text_processor()(["Hello world", "Hello"])
+    with torch.no_grad():
+        mel, n_frames, _ = tacotron.infer(tokens, n_tokens)
+    audio, n_samples = speaker(mel, n_frames)
+    assert audio.shape == (2, mel.shape[2] * HOP)
+    assert n_samples.tolist() == (n_frames * HOP).tolist()
+
+
+# --- SpeechBrain ---
+
+
+def test_speechbrains_signatures() -> None:
+    theirs = imported("speechbrain.inference.vocoders").HIFIGAN
+    for name in ("decode_batch", "decode_spectrogram"):
+        wanted = list(inspect.signature(getattr(theirs, name)).parameters)
+        assert list(inspect.signature(getattr(SpeechBrainVocoder, name)).parameters) == wanted
+
+
+# --- Coqui ---
+
+
+@pytest.fixture(scope="module")
+def coqui_files(tmp_path_factory: pytest.TempPathFactory, vocoder: Vocoder) -> tuple[Path, Path]:
+    """Checkpoint and config of a small Glow-TTS whose mel is ours."""
+    imported("TTS.utils.synthesizer")
+    from TTS.config.shared_configs import BaseAudioConfig
+    from TTS.tts.configs.glow_tts_config import GlowTTSConfig
+    from TTS.tts.models.glow_tts import GlowTTS
+
+    config = GlowTTSConfig(
+        audio=BaseAudioConfig(**coqui_audio(vocoder.mel_config)),
+        hidden_channels_enc=16,
+        hidden_channels_dec=16,
+        hidden_channels_dp=16,
+        num_flow_blocks_dec=2,
+        encoder_params={
+            "kernel_size": 3,
+            "dropout_p": 0.1,
+            "num_layers": 1,
+            "num_heads": 2,
+            "hidden_channels_ffn": 16,
+            "input_length": None,
+        },
+    )
+    folder = tmp_path_factory.mktemp("coqui")
+    torch.manual_seed(0)
+    model = GlowTTS.init_from_config(config)
+    config.save_json(str(folder / "config.json"))
+    torch.save({"model": model.state_dict()}, folder / "model.pth")
+    return folder / "model.pth", folder / "config.json"
+
+
+PAUSE = 10_000  # that Coqui adds to each sentence
+
+
+def test_coquis_synthesizer(coqui_files: tuple[Path, Path], vocoder: Vocoder) -> None:
+    from TTS.utils.synthesizer import Synthesizer
+
+    checkpoint, config = coqui_files
+    synthesizer = Synthesizer(tts_checkpoint=checkpoint, tts_config_path=config)
+    attach(synthesizer, CoquiVocoder(vocoder, **ANY))
+    wav = np.array(synthesizer.tts("Hello world."))
+    assert len(wav) > PAUSE and (len(wav) - PAUSE) % HOP == 0
+    assert synthesizer.output_sample_rate == 22050
+
+
+def test_coqui_loads_our_files(
+    coqui_files: tuple[Path, Path], vocoder: Vocoder, tmp_path: Path
+) -> None:
+    from TTS.utils.synthesizer import Synthesizer
+
+    register()
+    settings = tmp_path / "vocoder.json"
+    settings.write_text(json.dumps({"model": "waveflow", "audio": coqui_audio(vocoder.mel_config)}))
+    checkpoint, config = coqui_files
+    synthesizer = Synthesizer(
+        tts_checkpoint=checkpoint,
+        tts_config_path=config,
+        vocoder_checkpoint=vocoder.folder,
+        vocoder_config=settings,
+    )
+    assert isinstance(synthesizer.vocoder_model, CoquiVocoder)
+    wav = np.array(synthesizer.tts("Hello."))
+    assert len(wav) > PAUSE and (len(wav) - PAUSE) % HOP == 0
+
+
+def test_numpy_reads_what_a_host_gets(vocoder: Vocoder) -> None:
+    """Hosts turn audio into 16-bit integers, some without a clamp."""
+    audio = HiFiGANVocoder(vocoder)(-2 + torch.rand(1, 80, 10))
+    as_integers = (audio.squeeze() * 32767).numpy().astype(np.int16)
+    assert np.abs(as_integers.astype(int)).max() <= 32767
