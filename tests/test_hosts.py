@@ -7,7 +7,8 @@ The others, each beside the packages of this one:
     pip install torchaudio                        # 2.11.1; needs torch of the same CUDA version
     pip install speechbrain                       # 1.1.2
     pip install coqui-tts                         # 0.28.0
-    pip install nemo_toolkit[tts]                 # 3.0.0
+    pip install espnet                            # 202511
+    pip install 'nemo_toolkit[tts]'               # 3.0.0
     pytest tests/test_hosts.py
 """
 
@@ -20,9 +21,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import make_voice
 
 from waveflow.adapters.coqui import CoquiVocoder, attach, coqui_audio, register
+from waveflow.adapters.espnet import ESPnetVocoder
 from waveflow.adapters.hifigan import HiFiGANVocoder
+from waveflow.adapters.nemo import NeMoVocoder
 from waveflow.adapters.speechbrain import SpeechBrainVocoder
 from waveflow.adapters.torchaudio import TorchaudioVocoder, with_vocoder
 from waveflow.adapters.transformers import TransformersVocoder
@@ -254,6 +258,78 @@ def test_coqui_loads_our_files(
     assert isinstance(synthesizer.vocoder_model, CoquiVocoder)
     wav = np.array(synthesizer.tts("Hello."))
     assert len(wav) > PAUSE and (len(wav) - PAUSE) % HOP == 0
+
+
+# --- ESPnet ---
+
+
+def test_espnets_text2speech(vocoder: Vocoder, tmp_path: Path) -> None:
+    text2speech = imported("espnet2.bin.tts_inference").Text2Speech
+    import yaml
+    from espnet2.tasks.tts import TTSTask
+
+    small = {"embed_dim": 16, "eunits": 16, "econv_chans": 16, "dunits": 16, "prenet_units": 16,
+             "postnet_chans": 16, "adim": 16, "atype": "location"}  # fmt: skip
+    sizes = {"n_fft": 1024, "hop_length": 256, "fs": 22050, "fmin": 0, "fmax": 8000, "n_mels": 80}
+    settings = vars(TTSTask.get_parser().parse_args(["--output_dir", str(tmp_path)]))
+    settings |= {
+        "token_list": ["<blank>", "<unk>", *"helo", "<sos/eos>"],
+        "token_type": "char",
+        "feats_extract": "fbank",
+        "feats_extract_conf": sizes,
+        "normalize": None,
+        "tts": "tacotron2",
+        "tts_conf": small,
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({k: v for k, v in settings.items() if k != "config"}))
+    speaker = text2speech(config, maxlenratio=5.0)
+    ours = ESPnetVocoder(vocoder, convention="log10")
+    speaker.vocoder = ours
+    made = speaker("hello")
+    assert speaker.fs == 22050
+    assert made["wav"].shape == (len(made["feat_gen"]) * HOP,)
+
+
+# --- NeMo ---
+
+
+def test_nemos_mels_and_call(vocoder: Vocoder) -> None:
+    """Its preprocessor, as its FastPitch has it, whose last frame is overwritten by zeros."""
+    theirs = imported("nemo.collections.tts.models").HifiGanModel.convert_spectrogram_to_audio
+    assert list(inspect.signature(theirs).parameters)[1:] == ["spec"]
+    from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
+
+    preprocessor = AudioToMelSpectrogramPreprocessor(
+        sample_rate=22050,
+        window_size=False,
+        window_stride=False,
+        n_window_size=1024,
+        n_window_stride=256,
+        window="hann",
+        normalize=None,
+        n_fft=1024,
+        preemph=None,
+        features=80,
+        lowfreq=0,
+        highfreq=8000,
+        log_zero_guard_type="add",
+        log_zero_guard_value=1e-5,
+        dither=0.0,
+        pad_to=1,
+        mag_power=1.0,
+    )
+    audio = torch.from_numpy(make_voice(0.5))[None]
+    mel, _ = preprocessor(input_signal=audio, length=torch.tensor([audio.shape[1]]))
+    assert not mel[:, :, -1].any()
+    ours = NeMoVocoder(vocoder, convention="nemo-fastpitch", sigma=0.0)
+    with pytest.warns(UserWarning, match="1 of"):
+        made = ours.convert_spectrogram_to_audio(spec=mel)
+    assert made.shape == (1, mel.shape[2] * HOP)
+    copy = vocoder.mel_spectrogram(made)
+    own = vocoder.mel_spectrogram(vocoder(vocoder.mel(audio), sigma=0.0))
+    inner = slice(2, min(copy.shape[2], own.shape[2]) - 2)
+    assert (copy[:, :, inner] - own[:, :, inner]).abs().mean() < 0.3  # half a hop apart
 
 
 def test_numpy_reads_what_a_host_gets(vocoder: Vocoder) -> None:
