@@ -1,6 +1,6 @@
 """Adapters inside the real libraries, with randomly initialised acoustic models, offline.
 
-A library that is not installed skips its tests. transformers comes with `pip install -e '.[test]'`.
+A library that is not installed skips its tests. transformers comes with `pip install -e '.[dev]'`.
 The others, each beside the packages of this one:
 
     pip install --no-deps matcha-tts              # 0.0.7.2
