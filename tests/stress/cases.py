@@ -41,6 +41,10 @@ KINDS: dict[str, tuple[Sequence[str], list[tuple[Any, ...]]]] = {
     ),
     "recipe": (("recipe.toml",), [(*TRAIN, "cache")]),
     "published": (("published.pt",), [("convert", "FILE", "-o", "new")]),
+    "graph": (
+        ("model.onnx",),
+        [("vocode", "mel.npy", "-o", "out.wav", "--backend", "onnx", "--model", "FILE")],
+    ),
     "convention": (
         ("convention.toml",),
         [("convert-mel", "mel.npy", "-o", "out.npy", *MODEL, "--from", "FILE", "--lossy"),
@@ -55,8 +59,9 @@ KINDS: dict[str, tuple[Sequence[str], list[tuple[Any, ...]]]] = {
           "--to", "nemo-fastpitch", "--lossy")],
     ),
 }  # fmt: skip
-# Those that start a process or train take longest, and are drawn less often.
-WEIGHTS = {"archive": 2, "published": 2, "run": 3, "cache": 4, "recipe": 4, "doctor": 3}
+# Those that start a process or train take longest, and are drawn less often. Graphs are read by
+# onnxruntime, and only `--kind graph` draws them.
+WEIGHTS = {"graph": 0, "archive": 2, "published": 2, "run": 3, "cache": 4, "recipe": 4, "doctor": 3}
 
 
 class Late(BaseException):

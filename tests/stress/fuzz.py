@@ -22,7 +22,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from cases import KINDS, SECONDS, kind_of, prepared, run_case
-from material import forked, load_all, make_material, show
+from material import forked, load_all, make_material, run, show
 
 MEMORY = 2 * 2**30
 
@@ -39,6 +39,7 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-"))
     load_all()
     make_material(scratch / "good")
+    run(scratch / "good", "export", "model", "-o", "model.onnx", "--refine", 0)
     if args.case is not None:
         kind, arguments, case = prepared(scratch, args.seed, args.case, args.kind)
         print(f"cd {case}\nkind {kind}, commands {arguments}", flush=True)

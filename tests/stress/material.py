@@ -65,6 +65,7 @@ gain = 1.0
 def load_all() -> None:
     """Imports what a command would import late, so that no child waits for it or half does it."""
     with contextlib.suppress(ImportError):
+        import onnxruntime  # noqa: F401
         import pyworld  # noqa: F401
         import torch._dynamo
         import torch.utils.tensorboard  # noqa: F401
