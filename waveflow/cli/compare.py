@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 # In the folder of each run: what was measured of it.
 RESULT_FILE = "comparison.json"
+# Of each training, where stderr is no terminal.
+_LINES = 10
 
 
 def compare(
@@ -256,18 +258,23 @@ def _measure(job: "Job", title: str, sender: "Connection", faults_shown: bool) -
 
 @contextmanager
 def _bar(job: "Job", title: str) -> "Iterator[Callable[[Progress], None]]":
-    """Yields a function that shows a step."""
+    """Yields a function that shows a step; without a terminal it prints a line now and then."""
     from rich.progress import TextColumn, TimeRemainingColumn
 
     with progress_bar(TextColumn("{task.fields[speed]}"), TimeRemainingColumn()) as bar:
         task = bar.add_task(title, total=1.0, speed="")
+        printed = -1
 
         def show_step(report: "Progress") -> None:
+            nonlocal printed
             done = report.step / job.goal.steps
             if job.goal.minutes < math.inf:
                 done = 1 - report.minutes_left / job.goal.minutes
             speed = f"{report.audio_seconds_per_second:.3g} s of audio a second"
             bar.update(task, completed=done, speed=speed)
+            if bar.disable and int(done * _LINES) > printed:
+                printed = int(done * _LINES)
+                note(f"{title}: {done:.0%}, step {report.step}, {speed}")
 
         yield show_step
 
