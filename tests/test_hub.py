@@ -123,6 +123,9 @@ def test_load(
     hub: HubServer, tiny: Files, tiny_model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hub.add("org/load", tiny | {"pytorch_model.bin": b"\x80\x02.", "code.py": b"", CARD: b"# Card"})
+    for thread in threading.enumerate():
+        if thread.name == "tqdm_monitor":  # of another test's progress bars
+            thread.exit()  # type: ignore[attr-defined]
     vocoder = waveflow.load("org/load")
     assert torch.equal(vocoder(MEL), waveflow.load(tiny_model)(MEL))
     assert fetched(hub) == FILES | {CARD}
