@@ -63,7 +63,7 @@ class Unconditional(Conditioner):
     def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
         if mask is not None:
             mask = mask.repeat_interleave(self.n_positions, 2)
-        return Condition(mel.new_zeros(len(mel), 0, mel.shape[2] * self.n_positions), mask)
+        return Condition(mel.new_zeros(mel.shape[0], 0, mel.shape[2] * self.n_positions), mask)
 
 
 class Flow(nn.Module):
@@ -250,7 +250,7 @@ class Flow(nn.Module):
         of `n_frames`.
         """
         if mel is not None:
-            n_items, n_frames = len(mel), mel.shape[2]
+            n_items, n_frames = mel.shape[0], mel.shape[2]
         noise = self.noise(n_frames, range(seed, seed + n_items))
         device = next((p.device for p in self.parameters()), noise.device)
         return self.decode(sigma * noise.to(device), mel)

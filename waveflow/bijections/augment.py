@@ -56,10 +56,10 @@ class Augment(Bijection):
 
     def inverse(self, z: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         """(x, y) to x. The log-determinant is NaN, because the density of x is not known."""
-        return z[:, : -self.channels], z.new_full((len(z),), math.nan)
+        return z[:, : -self.channels], z.new_full((z.shape[0],), math.nan)
 
     def _noise(self, x: Tensor) -> Tensor:
-        shape = len(x), self.channels, x.shape[2]
+        shape = x.shape[0], self.channels, x.shape[2]
         if self.training:
             return torch.randn(shape, dtype=x.dtype, device=x.device)
         noise = draw_noise(x.shape[2], self.channels, seeds=[0])

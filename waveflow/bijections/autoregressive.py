@@ -57,7 +57,7 @@ class Autoregressive(Bijection):
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         features, mask = (None, None) if cond is None else cond
         params = self.network(x, features, mask)
-        expected = (len(x), self.map.n_params * x.shape[1], x.shape[2])
+        expected = (x.shape[0], self.map.n_params * x.shape[1], x.shape[2])
         if params.shape != expected:
             raise ValueError(
                 f"{type(self.network).__name__} makes {tuple(params.shape)} of {tuple(x.shape)}; "

@@ -26,10 +26,16 @@ class Speaker(nn.Module):
     Args:
         vocoder: the model, on a CPU.
         refine: mel refinement steps after the draw.
+
+    Raises:
+        ConfigError: the flow's inverse goes from sample to sample.
     """
 
     def __init__(self, vocoder: Vocoder, refine: int) -> None:
         super().__init__()
+        if math.isinf(vocoder.flow.bijection.inverse_context.left):
+            name = vocoder.config.model.type
+            raise ConfigError(f"a {name} draws sample by sample: it cannot be exported")
         kit = DecodingKit()
         flow: Any = kit.replaced(vocoder.flow, bijection=kit.convert(vocoder.flow.bijection))
         self.flow: Flow = flow
@@ -53,11 +59,8 @@ def traced(speaker: Speaker, card: GraphCard) -> torch.export.ExportedProgram:
     """The speaker as a program for any number of items, and of frames from `FEWEST_FRAMES` on.
 
     Raises:
-        ConfigError: the flow's inverse goes from sample to sample, or does something else for
-            other lengths.
+        ConfigError: the flow does something else for other lengths.
     """
-    if math.isinf(speaker.flow.bijection.inverse_context.left):
-        raise ConfigError(f"a {card.model} draws sample by sample: it cannot be exported")
     items = torch.export.Dim("items", min=1, max=_MOST_ITEMS)
     frames = torch.export.Dim("frames", min=FEWEST_FRAMES, max=_MOST_FRAMES)
     sizes: dict[str, Any] = {

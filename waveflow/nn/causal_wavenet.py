@@ -125,6 +125,6 @@ class CausalWaveNet(nn.Module):
     ) -> tuple[Tensor, ...]:
         """What the condition adds in each layer before the gate, (B, L, 2 width)."""
         if features is None:
-            features = x.new_zeros(len(x), 0, x.shape[2])
+            features = x.new_zeros(x.shape[0], 0, x.shape[2])
         added = self.condition(zero_padding(features, mask).transpose(1, 2))
         return added.chunk(len(self.dilations), 2)

@@ -101,7 +101,7 @@ class MADE(nn.Module):
         """What the condition adds to each of the three layers, (B, L, units)."""
         sizes = [layer.out_features for layer in (self.enter, self.middle, self.leave)]
         if self.condition is None or features is None:
-            return tuple(x.new_zeros(()).expand(len(x), x.shape[2], n) for n in sizes)
+            return tuple(x.new_zeros(()).expand(x.shape[0], x.shape[2], n) for n in sizes)
         return self.condition(zero_padding(features, mask).transpose(1, 2)).split(sizes, 2)
 
     def _masked(self, layer: nn.Linear, mask: Tensor, x: Tensor, added: Tensor) -> Tensor:

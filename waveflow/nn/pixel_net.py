@@ -116,7 +116,7 @@ class PixelNet(nn.Module):
     def _conditions(self, x: Tensor, features: Tensor | None) -> Tensor:
         """What the features add in each layer before the gate, (B, T, layers, 2 width)."""
         if features is None:
-            features = x.new_zeros(len(x), 0, x.shape[2])
+            features = x.new_zeros(x.shape[0], 0, x.shape[2])
         added = self.condition(features.transpose(1, 2))
         return added.unflatten(2, (len(self.taps), -1 if len(self.taps) else 0))
 

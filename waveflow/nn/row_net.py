@@ -108,7 +108,7 @@ class RowNet(nn.Module):
     ) -> tuple[Tensor, ...]:
         """What the condition adds in each layer before the gate, (B, 2 width, L)."""
         if features is None:
-            features = x.new_zeros(len(x), 0, x.shape[2])
+            features = x.new_zeros(x.shape[0], 0, x.shape[2])
         added = self.condition(zero_padding(features, mask).transpose(1, 2)).transpose(1, 2)
         return added.chunk(len(self.height_dilations), 1)
 
