@@ -145,8 +145,8 @@ def mel_array(mel: Any) -> Floats:
         reason = str(error).splitlines()[0]
         raise MelMismatchError(f"a mel is an array of real numbers: {reason}") from error
     with np.errstate(over="ignore"):  # values that overflow are refused as infinite
-        # A copy: torch takes no reversed, byte-swapped or read-only arrays.
-        return np.array(array, np.float32, order="C")
+        # A copy where torch could not take it: reversed, byte-swapped or read-only arrays.
+        return np.require(array, np.float32, ["C", "ALIGNED", "WRITEABLE"])
 
 
 def as_array(values: Any) -> NDArray[Any]:
