@@ -456,7 +456,12 @@ def other_output(model: Any) -> None:
     model.graph.node[-1].output[0] = model.graph.output[0].name = "sound"
 
 
-@pytest.mark.parametrize("change", [stripped, odd_card, other_output, None])
+def endless_noise(model: Any) -> None:
+    for entry in model.metadata_props:
+        entry.value = entry.value.replace('"noise_per_frame":16', '"noise_per_frame":1000000000')
+
+
+@pytest.mark.parametrize("change", [stripped, odd_card, other_output, endless_noise, None])
 def test_strangers_graphs(
     make: Callable[..., tuple[Path, Export]], tmp_path: Path, change: Callable[[Any], None] | None
 ) -> None:
@@ -470,6 +475,42 @@ def test_strangers_graphs(
     with pytest.raises(CheckpointError, match="onnx") as caught:
         OnnxVocoder(path)
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def flat(model: Any) -> None:
+    """Audio of one axis."""
+    model.graph.node[-1].output[0] = "two_axes"
+    shape = onnx.numpy_helper.from_array(np.array([-1], np.int64), "one_axis")
+    model.graph.initializer.append(shape)
+    node = onnx.helper.make_node("Reshape", ["two_axes", "one_axis"], ["audio"])
+    model.graph.node.append(node)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+
+
+def other_bands(model: Any) -> None:
+    """A mel of 81 bands, which the graph does not take."""
+    for entry in model.metadata_props:
+        entry.value = entry.value.replace('"n_mels":80', '"n_mels":81')
+
+
+@pytest.mark.parametrize(
+    ("change", "n_mels", "words"), [(flat, 80, "this graph gives"), (other_bands, 81, "fails")]
+)
+def test_graphs_that_do_something_else(
+    run: Run,  # noqa: F811
+    make: Callable[..., tuple[Path, Export]],
+    tmp_path: Path,
+    change: Callable[[Any], None],
+    n_mels: int,
+    words: str,
+) -> None:
+    model = onnx.load(make()[0])
+    change(model)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    np.save(tmp_path / "a.npy", -6 + np.random.default_rng(0).random((n_mels, 20)))
+    vocode = ("vocode", tmp_path / "a.npy", "-o", tmp_path / "a.wav", "--backend", "onnx")
+    assert_one_line(run(*vocode, "--model", tmp_path / "m.onnx"), words)
+    assert not (tmp_path / "a.wav").exists()
 
 
 def test_a_graph_that_is_no_file(tmp_path: Path) -> None:

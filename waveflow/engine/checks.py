@@ -135,6 +135,13 @@ def padding_notes(n_padding: int, n_frames: int) -> list[str]:
     ]
 
 
+def clipping_notes(n_clipped: int, n_samples: int) -> list[str]:
+    """A note on the samples that were beyond [-1, 1]."""
+    if not n_clipped:
+        return []
+    return [f"{100 * n_clipped / n_samples:.2g} % of the samples were clipped to [-1, 1]"]
+
+
 def mel_array(mel: Any) -> Floats:
     """float32 of anything that holds real numbers, tensors on any device too."""
     try:

@@ -31,7 +31,13 @@ from waveflow.audio.samples import (
 )
 from waveflow.checkpoint import EXAMPLE, ModelConfig, load_checkpoint
 from waveflow.door import check_plain
-from waveflow.engine.checks import Floats, checked_mel, padding_notes, silence_padding
+from waveflow.engine.checks import (
+    Floats,
+    checked_mel,
+    clipping_notes,
+    padding_notes,
+    silence_padding,
+)
 from waveflow.engine.contract import Decoder
 from waveflow.engine.decoder import (
     Precision,
@@ -222,7 +228,7 @@ class Vocoder:
         batch = self._on_device(given)
         frames = None if ends is None else torch.from_numpy(ends).to(self.device)
         audio = self._all_of(self._synthesis(len(batch), options, frames), batch)
-        notes += _clipping_notes(_n_clipped(audio, batch), audio.numel())
+        notes += clipping_notes(_n_clipped(audio, batch), audio.numel())
         audio.clamp_(-1, 1)
         if delay := incoming.delay_samples:
             audio = torch.cat(list(delayed(iter([audio]), lambda: delay)), 1)
@@ -481,7 +487,7 @@ class Vocoder:
             raise MelMismatchError("this stream is empty: it holds no mel")
         incoming.finish()
         yield from clipped(synthesis.finish(), piece)
-        for note in padding_notes(n_padding, n_frames) + _clipping_notes(n_clipped, n_samples):
+        for note in padding_notes(n_padding, n_frames) + clipping_notes(n_clipped, n_samples):
             on_note(note)
 
 
@@ -508,12 +514,6 @@ def _warn_caller(notes: Sequence[str]) -> None:
 def _warn(note: str) -> None:
     # Past this function and two generators, to the line that asks for the next piece.
     warnings.warn(note, VocoderWarning, stacklevel=_CALLER + 1)
-
-
-def _clipping_notes(n_clipped: int, n_samples: int) -> list[str]:
-    if not n_clipped:
-        return []
-    return [f"{100 * n_clipped / n_samples:.2g} % of the samples were clipped to [-1, 1]"]
 
 
 def _n_clipped(audio: Tensor, mel: Tensor) -> int:

@@ -1,8 +1,8 @@
 """What a graph says of itself. Nothing here imports torch."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from waveflow.audio.mel_config import MelConfig
 
@@ -12,6 +12,8 @@ CARD = "waveflow"
 MEL, SIGMA, NOISE, AUDIO = "mel", "sigma", "noise", "audio"
 # Fewer have no place in the graph: sizes of 1 and 2 are special cases of padding and of torch.
 FEWEST_FRAMES = 3
+# Values of noise for each sample of audio; a flow has one, and more only by latents of its own.
+_MOST_NOISE = 64
 
 
 class GraphCard(BaseModel):
@@ -36,3 +38,10 @@ class GraphCard(BaseModel):
     sigma: Annotated[float, Field(ge=0, le=10)]
     refine: NonNegativeInt
     judges: bool
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        values = self.noise_channels * self.noise_per_frame
+        if values > _MOST_NOISE * self.mel.hop_length:
+            raise ValueError(f"{values} values of noise for a frame of audio")
+        return self

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from waveflow.door import read_plain
-from waveflow.engine.checks import Floats, padding_notes, silence_padding
+from waveflow.engine.checks import Floats, clipping_notes, padding_notes, silence_padding
 from waveflow.engine.incoming import IncomingMels
 from waveflow.engine.options import OWN_OPTIONS, Speech, SynthesisOptions
 from waveflow.errors import CheckpointError, ConfigError
@@ -86,8 +86,7 @@ class OnnxVocoder:
         batch, n_padding = silence_padding(batch, silence)
         notes = incoming.notes + padding_notes(n_padding, len(batch) * batch.shape[2])
         audio = self._spoken(np.ascontiguousarray(batch), options, silence)
-        if n_clipped := int((np.abs(audio) >= 1).sum()):
-            notes.append(f"{100 * n_clipped / audio.size:.2g} % of the samples were clipped")
+        notes += clipping_notes(int((np.abs(audio) >= 1).sum()), audio.size)
         audio = _moved(audio, incoming.delay_samples)
         return Speech(audio[0] if squeezed else audio, None, notes)
 
@@ -125,7 +124,14 @@ class OnnxVocoder:
                 for seed in options.seeds(len(batch))
             ]
             inputs[NOISE] = np.stack(draws)
-        [audio] = self._session.run([AUDIO], inputs)
+        try:
+            [audio] = self._session.run([AUDIO], inputs)
+        except Exception as error:  # onnxruntime's errors have no common class
+            reason = str(error).splitlines()[0][:200]
+            raise CheckpointError(f"this graph fails on its own mels ({reason})") from error
+        wanted = (len(batch), batch.shape[2] * self.card.mel.hop_length)
+        if audio.shape != wanted or audio.dtype != np.float32:
+            raise CheckpointError(f"this graph gives {audio.dtype} {audio.shape}, not {wanted}")
         if not np.isfinite(audio).all():
             raise CheckpointError("this graph gives samples that are not finite")
         return audio[:, :n_samples]
