@@ -42,21 +42,7 @@ NOT_RUN = {
     "export": "takes a minute; tests/test_export.py runs it",
     "--backend": "needs an exported graph; tests/test_export.py runs it",
 }
-SMALL = """
-mel = "hifigan"
-[model]
-type = "frameglow"
-n_flows = 1
-hidden_channels = 8
-dilations = [1]
-encoder_channels = 8
-encoder_layers = 1
-[train]
-steps = 2
-batch_size = 2
-segment_frames = 16
-pitch_steps = 1
-"""
+SMALL = (ROOT / "tests" / "small_recipe.toml").read_text().replace("steps = 60", "steps = 2")
 
 
 def command_lines() -> list[str]:

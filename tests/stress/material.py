@@ -27,23 +27,7 @@ PUBLISHED = Path(__file__).parent.parent / "fixtures" / "nvidia-waveglow-legacy"
 # Events and clock times differ from run to run.
 DIFFER = (".csv", ".json", ".waveflow-archive")
 
-RECIPE = """
-mel = "hifigan"
-[model]
-type = "frameglow"
-n_flows = 1
-hidden_channels = 8
-dilations = [1]
-encoder_channels = 8
-encoder_layers = 1
-[train]
-steps = 60
-batch_size = 2
-segment_frames = 16
-pitch_steps = 5
-checkpoint_every = 1
-validate_every = 4
-"""
+RECIPE = (Path(__file__).parent.parent / "small_recipe.toml").read_text()
 
 CONVENTION = """
 sample_rate = 24000

@@ -1,1 +1,1 @@
-"""A vocoder in the shapes in which other systems call one. No file here imports its system."""
+"""A vocoder in the shapes in which other systems call one. None needs its system to be imported."""

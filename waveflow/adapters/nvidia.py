@@ -1,9 +1,9 @@
 """WaveGlow's call, as NVIDIA's Tacotron 2 notebooks and their denoiser make it."""
 
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from waveflow.adapters.base import Adapter
 from waveflow.engine.vocoder import Vocoder
@@ -20,9 +20,8 @@ class WaveGlowVocoder(Adapter):
 
     def __init__(self, vocoder: Vocoder | str | None = None, **options: Any) -> None:
         super().__init__(vocoder, **options)
-        # Their denoiser makes its mel of zeros like this weight.
-        self.upsample = nn.Module()
-        self.upsample.register_buffer("weight", torch.empty(0, device=self.vocoder.device))
+        # Their denoiser makes its mel of zeros like this weight, on the device where the model is.
+        self.upsample = SimpleNamespace(weight=next(self.flow.parameters()))
 
     def infer(self, mel: Tensor, sigma: float = 1.0) -> Tensor:
         """(B, 80, F) to (B, F 256). Sigma is the noise's standard deviation, as theirs."""
