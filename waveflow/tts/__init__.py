@@ -1,0 +1,1 @@
+"""Text to speech: a flow over mel frames that text steers."""
