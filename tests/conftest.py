@@ -70,6 +70,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a voice with random weights."""
+    from small_voice import TINY, tiny_model_of
+
+    from waveflow.audio.mel import MEL_PRESETS
+    from waveflow.tts.voice import VoiceCard, save_voice
+
+    folder = tmp_path_factory.mktemp("voices") / "tiny"
+    save_voice(folder, VoiceCard(model=TINY, mel=MEL_PRESETS["hifigan"]), tiny_model_of(N_MELS))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four clips in LJSpeech's layout, the last of them for validation."""
     corpus = tmp_path_factory.mktemp("corpora") / "tiny"

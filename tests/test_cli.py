@@ -34,6 +34,8 @@ from waveflow.metrics.copies import evaluate as measure_copies
 VERBS = (
     "vocode",
     "resynth",
+    "say",
+    "serve",
     "mel",
     "convert-mel",
     "doctor",

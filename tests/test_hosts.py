@@ -10,12 +10,23 @@ The others, each beside the packages of this one:
     pip install espnet                            # 202511
     pip install 'nemo_toolkit[tts]'               # 3.0.0
     pytest tests/test_hosts.py
+
+Three have no package. HOSTS names the folder of their clones:
+
+    git clone https://github.com/NVIDIA/waveglow                     # 8afb643
+    git clone https://github.com/NVIDIA/tacotron2                    # 185cd24
+    git clone https://github.com/ming024/FastSpeech2                 # d4e79eb
+    git clone https://github.com/huawei-noah/Speech-Backbones        # 7782c7a
+    HOSTS=$PWD pytest tests/test_hosts.py
 """
 
+import importlib
 import inspect
 import json
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +38,7 @@ from waveflow.adapters.coqui import CoquiVocoder, attach, coqui_audio, register
 from waveflow.adapters.espnet import ESPnetVocoder
 from waveflow.adapters.hifigan import HiFiGANVocoder
 from waveflow.adapters.nemo import NeMoVocoder
+from waveflow.adapters.nvidia import WaveGlowVocoder
 from waveflow.adapters.speechbrain import SpeechBrainVocoder
 from waveflow.adapters.torchaudio import TorchaudioVocoder, with_vocoder
 from waveflow.adapters.transformers import TransformersVocoder
@@ -337,3 +349,99 @@ def test_numpy_reads_what_a_host_gets(vocoder: Vocoder) -> None:
     audio = HiFiGANVocoder(vocoder)(-2 + torch.rand(1, 80, 10))
     as_integers = (audio.squeeze() * 32767).numpy().astype(np.int16)
     assert np.abs(as_integers.astype(int)).max() <= 32767
+
+
+# --- sources without a package: clones beside each other in the folder that HOSTS names ---
+
+
+@pytest.fixture
+def source(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts folders of a clone first on the path; their modules, of common names, go again."""
+    before = set(sys.modules)
+
+    def add(*names: str) -> Path:
+        folders = [Path(os.environ.get("HOSTS", "/nowhere"), name) for name in names]
+        for folder in folders:
+            if not folder.is_dir():
+                pytest.skip(f"HOSTS has no {folder.name}")
+            monkeypatch.syspath_prepend(folder)
+        return folders[0]
+
+    yield add
+    for name in set(sys.modules) - before:
+        path = getattr(sys.modules[name], "__file__", None) or ""
+        if path.startswith(os.environ.get("HOSTS", "/nowhere")):
+            del sys.modules[name]
+
+
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (torch.Tensor, torch.nn.Module):
+        monkeypatch.setattr(kind, "cuda", lambda self: self)
+
+
+def test_nvidias_denoiser(source: Any, vocoder: Vocoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As their inference.py goes, on a CPU and with librosa's functions of today."""
+    import librosa.util
+
+    source("waveglow", "tacotron2")
+    on_the_cpu(monkeypatch)
+    pad_center = librosa.util.pad_center
+    monkeypatch.setattr(librosa.util, "pad_center", lambda x, size: pad_center(x, size=size))
+    Denoiser = importlib.import_module("denoiser").Denoiser
+    waveglow = WaveGlowVocoder(vocoder, **ANY)
+    waveglow = waveglow.remove_weightnorm(waveglow)
+    waveglow.cuda().eval()
+    denoiser = Denoiser(waveglow).cuda()
+    audio = waveglow.infer(-6 + torch.rand(1, 80, 40), sigma=0.666)
+    denoised = denoiser(audio, strength=0.01)
+    assert denoised.squeeze(1).shape == audio.shape and torch.isfinite(denoised).all()
+    loud = denoiser(audio, strength=1.0)
+    assert not torch.allclose(loud, denoised)
+
+
+def test_ming024s_fastspeech2(source: Any, vocoder: Vocoder, tmp_path: Path) -> None:
+    import yaml
+
+    folder = source("FastSpeech2")
+    configs = [
+        yaml.safe_load((folder / "config" / "LJSpeech" / f"{name}.yaml").read_text())
+        for name in ("preprocess", "model")
+    ]
+    preprocess, sizes = configs
+    preprocess["path"]["preprocessed_path"] = str(tmp_path)
+    stats = {"pitch": [-2, 2, 0, 1], "energy": [-2, 2, 0, 1]}
+    (tmp_path / "stats.json").write_text(json.dumps(stats))
+    theirs = importlib.import_module("utils.model")
+    model, lengths = theirs.FastSpeech2(preprocess, sizes).eval(), torch.tensor([12, 7])
+    texts = torch.randint(1, 100, (2, 12))
+    with torch.no_grad():
+        made = model(torch.tensor([0, 0]), texts, lengths, 12, d_control=3.0)
+    mels, n_frames = made[1].transpose(1, 2), made[9]
+    waves = theirs.vocoder_infer(
+        mels, HiFiGANVocoder(vocoder, **ANY), sizes, preprocess, n_frames * HOP
+    )
+    assert [len(wave) for wave in waves] == (n_frames * HOP).tolist()
+    assert all(wave.dtype == np.int16 for wave in waves)
+
+
+def test_grad_tts(source: Any, vocoder: Vocoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = source("Speech-Backbones")
+    monkeypatch.syspath_prepend(folder / "Grad-TTS")
+    # Compiled, and used in training alone.
+    aligner = ModuleType("model.monotonic_align")
+    monkeypatch.setitem(sys.modules, "model.monotonic_align", aligner)
+    GradTTS = importlib.import_module("model").GradTTS
+    sizes = {"n_vocab": 20, "n_spks": 1, "spk_emb_dim": 8, "n_enc_channels": 16,
+             "filter_channels": 16, "filter_channels_dp": 16, "n_heads": 2, "n_enc_layers": 1,
+             "enc_kernel": 3, "enc_dropout": 0.1, "window_size": 4, "n_feats": 80, "dec_dim": 8,
+             "beta_min": 0.05, "beta_max": 20.0, "pe_scale": 1000}  # fmt: skip
+    generator = GradTTS(**sizes).eval()
+    ours = HiFiGANVocoder(vocoder, **ANY)
+    ours.remove_weight_norm()
+    with torch.no_grad():
+        _, mel, _ = generator(
+            torch.randint(0, 20, (1, 9)), torch.tensor([9]), n_timesteps=2, length_scale=3.0
+        )
+    # The line of their inference.py; at exactly 1 it would wrap.
+    audio = (ours.forward(mel).cpu().squeeze().clamp(-1, 1).numpy() * 32768).astype(np.int16)
+    assert len(audio) == mel.shape[2] * HOP

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from waveflow.models.registry import FlowConfig, register
     from waveflow.pretrained import list_models
     from waveflow.publish import push_to_hub
+    from waveflow.tts.speaker import Speaker, load_speaker
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _WHERE = {
     "FlowConfig": "waveflow.models.registry",
     "MelConfig": "waveflow.audio.mel",
     "MelSpectrogram": "waveflow.audio.mel",
+    "Speaker": "waveflow.tts.speaker",
     "Speech": "waveflow.engine.options",
     "SynthesisOptions": "waveflow.engine.options",
     "Vocoder": "waveflow.engine.vocoder",
@@ -43,6 +45,7 @@ _WHERE = {
     "check_bijection": "waveflow.bijections",
     "list_models": "waveflow.pretrained",
     "load": "waveflow.engine.vocoder",
+    "load_speaker": "waveflow.tts.speaker",
     "push_to_hub": "waveflow.publish",
     "register": "waveflow.models.registry",
 }
@@ -52,6 +55,7 @@ __all__ = [
     "FlowConfig",
     "MelConfig",
     "MelSpectrogram",
+    "Speaker",
     "Speech",
     "SynthesisOptions",
     "Vocoder",
@@ -60,6 +64,7 @@ __all__ = [
     "check_bijection",
     "list_models",
     "load",
+    "load_speaker",
     "push_to_hub",
     "register",
 ]

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from waveflow.budget import Budget
 from waveflow.errors import CheckpointError
@@ -46,7 +46,7 @@ class ModelConfig(ModelCard):
 
 def save_checkpoint(
     folder: Path,
-    config: ModelConfig,
+    config: BaseModel,
     weights: dict[str, Tensor],
     extra: dict[str, bytes] | None = None,
 ) -> None:
@@ -160,9 +160,9 @@ def parse_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
-def load_weights(flow: Flow, weights: dict[str, Tensor], source: Path) -> None:
-    """Fills a flow; float16 weights become float32."""
-    expected = flow.state_dict()
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Fills a model; float16 weights become float32."""
+    expected = model.state_dict()
     missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     for problem, names in (("lacks", missing), ("has the unknown", unknown)):
         if names:
@@ -182,4 +182,4 @@ def load_weights(flow: Flow, weights: dict[str, Tensor], source: Path) -> None:
         fitted[name] = tensor.to(own.dtype)
         if not torch.isfinite(fitted[name]).all():
             raise CheckpointError(f"{source}: {name} holds values that are not finite")
-    flow.load_state_dict(fitted)
+    model.load_state_dict(fitted)

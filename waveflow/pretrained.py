@@ -7,6 +7,7 @@ from waveflow.hub import fetch_model, means_repository
 from waveflow.model_files import CONFIG, resolve_run
 
 DEFAULT_MODEL = "frameglow-cc0"
+DEFAULT_VOICE = "kathleen"
 
 
 def list_models() -> list[str]:
@@ -18,6 +19,30 @@ def shipped_model(name: str) -> Path | None:
     """Returns the folder of a model that ships, or None if none has this name."""
     folder = _root() / name
     return folder if Path(name).name == name and (folder / CONFIG).is_file() else None
+
+
+def list_voices() -> list[str]:
+    """Returns the names of the voices that ship: text to mels."""
+    return sorted(path.parent.name for path in (_root() / "voices").glob(f"*/{CONFIG}"))
+
+
+def voice_folder(voice: str | Path | None = None) -> Path:
+    """Returns a voice's folder.
+
+    Args:
+        voice: the name of a voice that ships, or a folder; None for the default voice.
+
+    Raises:
+        CheckpointError: neither a shipped voice nor a folder.
+    """
+    name = DEFAULT_VOICE if voice is None else str(voice)
+    if name in list_voices():
+        return _root() / "voices" / name
+    if Path(name).is_dir():
+        return Path(name)
+    raise CheckpointError(
+        f"no voice {name!r}: give a folder, or one of {', '.join(list_voices()) or 'none shipped'}"
+    )
 
 
 def model_folder(model: str | Path | None = None) -> Path:

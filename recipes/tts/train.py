@@ -1,110 +1,169 @@
-"""Trains a Glow-TTS on a corpus with a metadata.csv; resumes by itself. A study, not the product yet."""
+"""Trains a voice: a Glow-TTS on a corpus with texts, LJSpeech's layout. Resumes by itself.
+
+    python recipes/tts/train.py --data kathleen --out runs/voice --minutes 120
+
+The state is written every few minutes, and the voice of the running average beside it in OUT/voice.
+"""
 
 import argparse
 import csv
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+import waveflow
 from waveflow.audio.io import read_audio
-from waveflow.audio.mel import MEL_PRESETS, MelSpectrogram
-from waveflow.tts.glow_tts import GlowTTS
-from waveflow.tts.text import numbers, phonemes
+from waveflow.files import output_path
+from waveflow.model_files import read_card
+from waveflow.pretrained import model_folder
+from waveflow.tts.glow_tts import GlowTTS, GlowTTSConfig
+from waveflow.tts.text import numbers, read_sentences
+from waveflow.tts.voice import VoiceCard, save_voice
+
+CLIP_NORM = 5.0
+SAVE_SECONDS = 180
+SHOW_STEPS = 50
 
 
-def load(corpus: Path, cache: Path) -> dict[str, list]:
-    """Clips of text and mel, by split."""
-    if cache.is_file():
-        return torch.load(cache, weights_only=True)
-    spectrogram = MelSpectrogram(MEL_PRESETS["hifigan"])
-    held = set((corpus / "val.txt").read_text().split())
-    clips: dict[str, list] = {"train": [], "val": []}
-    for row in csv.reader(open(corpus / "metadata.csv"), delimiter="|", quoting=csv.QUOTE_NONE):
-        [path] = (corpus / "wavs").glob(f"{row[0]}.*")
-        audio, _, _ = read_audio(path, 22050)
-        mel = spectrogram(torch.from_numpy(audio))
-        # Silence at the ends is nobody's.
-        loud = (mel.mean(0) > mel.mean(0).max() - 5).nonzero()[:, 0]
-        mel = mel[:, max(0, loud[0] - 4) : loud[-1] + 6]
-        mel = mel[:, : mel.shape[1] // 2 * 2]
-        text = numbers(phonemes(row[-1]))
-        if len(text) <= mel.shape[1]:
-            clips["val" if row[0] in held else "train"].append(
-                (row[-1], torch.tensor(text), mel.half())
-            )
-    torch.save(clips, cache)
-    return clips
+class Clip(NamedTuple):
+    """A clip: its name, its symbols (S,) and its mel (M, F)."""
+
+    name: str
+    symbols: Tensor
+    mel: Tensor
 
 
-def batch(clips: list) -> tuple[torch.Tensor, ...]:
-    n_symbols = torch.tensor([len(c[1]) for c in clips])
-    n_frames = torch.tensor([c[2].shape[1] for c in clips])
+def read_clips(corpus: Path) -> tuple[list[Clip], list[Clip]]:
+    """The clips to train on, and those that val.txt holds out."""
+    spectrogram = waveflow.MelSpectrogram(read_card(model_folder()).mel)
+    held_out = set((corpus / "val.txt").read_text().split())
+    train, held = [], []
+    with open(corpus / "metadata.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file, delimiter="|", quoting=csv.QUOTE_NONE))
+    for name, *_, text in rows:
+        [path] = (corpus / "wavs").glob(f"{name}.*")
+        audio, _, _ = read_audio(path, spectrogram.config.sample_rate)
+        mel = trimmed(spectrogram(torch.from_numpy(audio)))
+        symbols = torch.tensor(numbers([s for part in read_sentences(text) for s in part]))
+        if len(symbols) <= mel.shape[1]:
+            (held if name in held_out else train).append(Clip(name, symbols, mel))
+    return train, held
+
+
+def trimmed(mel: Tensor) -> Tensor:
+    """A mel without the silence at its ends, with an even number of frames."""
+    level = mel.mean(0)
+    loud = (level > level.max() - 5).nonzero()[:, 0]
+    mel = mel[:, max(0, int(loud[0]) - 4) : int(loud[-1]) + 6]
+    return mel[:, : mel.shape[1] // 2 * 2]
+
+
+def batch_of(clips: list[Clip]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments of `GlowTTS.forward`."""
+    n_symbols = torch.tensor([len(clip.symbols) for clip in clips])
+    n_frames = torch.tensor([clip.mel.shape[1] for clip in clips])
     text = torch.zeros(len(clips), int(n_symbols.max()), dtype=torch.long)
-    mel = torch.zeros(len(clips), 80, int(n_frames.max()))
-    for i, (_, symbols, frames) in enumerate(clips):
-        text[i, : len(symbols)] = symbols
-        mel[i, :, : frames.shape[1]] = frames.float()
+    mel = torch.zeros(len(clips), clips[0].mel.shape[0], int(n_frames.max()))
+    for i, clip in enumerate(clips):
+        text[i, : len(clip.symbols)] = clip.symbols
+        mel[i, :, : clip.mel.shape[1]] = clip.mel
     return text, n_symbols, mel, n_frames
 
 
+def batches(clips: list[Clip], size: int) -> Iterator[list[Clip]]:
+    """Epoch after epoch in random order; clips of about one length share a batch."""
+    while True:
+        order = sorted(clips, key=lambda clip: clip.mel.shape[1] + 60 * random.random())
+        groups = [order[i : i + size] for i in range(0, len(order), size)]
+        random.shuffle(groups)
+        yield from groups
+
+
+def rate_at(step: int, highest: float) -> float:
+    """Warms up for 200 steps, then falls as 1 / sqrt(step) from step 2,000 on."""
+    return highest * min(1.0, (step + 1) / 200, (2000 / (step + 1)) ** 0.5)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--minutes", type=float, default=120, help="of this call")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--licence", default="CC0-1.0", help="of the corpus and the voice")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    clips = load(args.data, args.out / "clips.pt")
+    train, held = read_clips(args.data)
     torch.manual_seed(0)
-    model = GlowTTS()
-    average = GlowTTS()
-    print(sum(p.numel() for p in model.parameters()), "parameters", {k: len(v) for k, v in clips.items()}, flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), 1.0, (0.9, 0.98), weight_decay=1e-2)
+    config, mel = GlowTTSConfig(), read_card(model_folder()).mel
+    model, average = GlowTTS(config, mel.n_mels), GlowTTS(config, mel.n_mels).eval()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} clips")
+    optimizer = torch.optim.AdamW(model.parameters(), args.rate, (0.9, 0.98))
     step, state = 0, args.out / "state.pt"
     if state.is_file():
         kept = torch.load(state, weights_only=True)
-        model.load_state_dict(kept["model"]); average.load_state_dict(kept["average"])
-        optimizer.load_state_dict(kept["optimizer"]); step = kept["step"]
-    begin, saved, seen = time.time(), time.time(), []
-    while time.time() - begin < 60 * args.minutes:
-        order = sorted(clips["train"], key=lambda c: c[2].shape[1] + random.random() * 60)
-        groups = [order[i : i + args.batch] for i in range(0, len(order), args.batch)]
-        random.shuffle(groups)
-        for group in groups:
-            rate = args.rate * min(1, (step + 1) / 200) * min(1.0, (2000 / (step + 1)) ** 0.5)
-            for g in optimizer.param_groups:
-                g["lr"] = rate
-            model.train()
-            terms = model(*batch(group))
-            optimizer.zero_grad()
-            (terms.nll + terms.duration).backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-            step += 1
-            decay = min(0.998, step / (step + 100))
-            with torch.no_grad():
-                for a, b in zip(average.state_dict().values(), model.state_dict().values()):
-                    a.lerp_(b, 1 - decay) if a.is_floating_point() else a.copy_(b)
-            seen.append((terms.nll.item(), terms.duration.item()))
-            if step % 25 == 0:
-                nll, duration = np.mean(seen[-25:], 0)
-                print(f"step {step} nll {nll:.4f} dur {duration:.3f} norm {norm:.2f} {time.time() - begin:.0f} s", flush=True)
-            if time.time() - saved > 120 or time.time() - begin > 60 * args.minutes:
-                saved = time.time()
-                average.eval()
-                with torch.no_grad():
-                    held = average(*batch(clips["val"]))
-                print(f"  held: step {step} nll {held.nll:.4f} dur {held.duration:.3f}", flush=True)
-                torch.save({"model": model.state_dict(), "average": average.state_dict(),
-                            "optimizer": optimizer.state_dict(), "step": step}, state)
-                if time.time() - begin > 60 * args.minutes:
-                    return
+        step = kept["step"]
+        for part, name in ((model, "model"), (average, "average"), (optimizer, "optimizer")):
+            part.load_state_dict(kept[name])
+    random.seed(step)
+
+    def save() -> None:
+        with torch.no_grad():
+            terms = average(*batch_of(held))
+        likelihood, duration = float(terms.log_likelihood), float(terms.duration)
+        print(f"step {step}: held out {likelihood:.4f} nats, durations {duration:.3f}", flush=True)
+        parts = {
+            "model": model.state_dict(),
+            "average": average.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+        }
+        with output_path(state) as temporary:
+            torch.save(parts, temporary)
+        card = VoiceCard(
+            model=config,
+            mel=mel,
+            data=args.data.name,
+            licence=args.licence,
+            steps=step,
+            log_likelihood=likelihood,
+        )
+        save_voice(args.out / "voice", card, average)
+
+    begin = saved = time.monotonic()
+    seen: list[tuple[float, float]] = []
+    for group in batches(train, args.batch):
+        if time.monotonic() > begin + 60 * args.minutes:
+            break
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = rate_at(step, args.rate)
+        terms = model.train()(*batch_of(group))
+        optimizer.zero_grad()
+        (terms.duration - terms.log_likelihood).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        step += 1
+        # The mean of about the last tenth of the steps.
+        with torch.no_grad():
+            for mean, now in zip(*(m.state_dict().values() for m in (average, model)), strict=True):
+                mean.lerp_(now, 10 / (step + 9)) if now.is_floating_point() else mean.copy_(now)
+        seen.append((float(terms.log_likelihood), float(terms.duration)))
+        if step % SHOW_STEPS == 0:
+            likelihood, duration = np.mean(seen[-SHOW_STEPS:], 0)
+            took = time.monotonic() - begin
+            print(f"step {step}: {likelihood:.4f} nats, durations {duration:.3f}, {took:.0f} s")
+        if time.monotonic() > saved + SAVE_SECONDS:
+            save()
+            saved = time.monotonic()
+    save()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from waveflow.cli.export import export
 from waveflow.cli.info import info
 from waveflow.cli.options import flat
 from waveflow.cli.prepare import prepare
+from waveflow.cli.say import say
+from waveflow.cli.serve import serve
 from waveflow.cli.synthesis import mel, resynth, vocode
 from waveflow.cli.train import train
 from waveflow.errors import WaveflowError
@@ -83,8 +85,8 @@ def _waveflow(
 
 
 _VERBS = (
-    vocode, resynth, mel, convert_mel, doctor, denoise, prepare, train, compare, evaluate, bench,
-    info, convert, export,
+    vocode, resynth, say, serve, mel, convert_mel, doctor, denoise, prepare, train, compare,
+    evaluate, bench, info, convert, export,
 )  # fmt: skip
 for _verb in _VERBS:
     app.command()(flat(_verb))

@@ -205,7 +205,7 @@ def _stream(source: Path, out: Path, speaking: Vocoding) -> None:
         note_about(name, [message])
 
     n_samples = 0
-    with _opened(out, vocoder.sample_rate, speaking.float32) as write, errors_of(name):
+    with opened(out, vocoder.sample_rate, speaking.float32) as write, errors_of(name):
         for piece in vocoder.stream(mels, speaking.options(), on_note=on_note):
             write(piece.cpu().numpy())
             n_samples += len(piece)
@@ -214,7 +214,7 @@ def _stream(source: Path, out: Path, speaking: Vocoding) -> None:
 
 
 @contextmanager
-def _opened(out: Path, sample_rate: int, float32: bool) -> "Iterator[Callable[[np.ndarray], None]]":
+def opened(out: Path, sample_rate: int, float32: bool) -> "Iterator[Callable[[np.ndarray], None]]":
     """Yields a function that writes the next audio to a file, or as raw samples to stdout."""
     from waveflow.audio.io import open_audio, to_int16
 

@@ -211,7 +211,7 @@ class Vocoder:
             ConfigError: an option out of range, or a part of the flow that declares no context.
         """
         speech = self.synthesise(mel, options.changed(changes), lengths)
-        _warn_caller(speech.notes)
+        warn_caller(speech.notes)
         return speech.audio if speech.n_samples is None else (speech.audio, speech.n_samples)
 
     def synthesise(
@@ -320,7 +320,7 @@ class Vocoder:
             raise ConfigError("resynth makes the mel itself: leave the convention out")
         mel, notes = self._mel_to_copy(audio)
         speech = self.synthesise(mel, options.changed({"convention": NATIVE}))
-        _warn_caller(notes + speech.notes)
+        warn_caller(notes + speech.notes)
         return speech.audio[: len(audio)]
 
     def mel_to_copy(self, audio: Tensor | np.ndarray) -> Tensor:
@@ -329,7 +329,7 @@ class Vocoder:
         A DC offset is removed first, with a warning: the copy would have rumble in its place.
         """
         mel, notes = self._mel_to_copy(audio)
-        _warn_caller(notes)
+        warn_caller(notes)
         return mel
 
     @torch.no_grad()
@@ -378,7 +378,7 @@ class Vocoder:
         items = torch.atleast_2d(samples).cpu().numpy()
         offset = max(offset_of(item, self.sample_rate) for item in items)
         if offset:
-            _warn_caller([f"this audio has a DC offset of {offset:.1g}, and its mel gives rumble"])
+            warn_caller([f"this audio has a DC offset of {offset:.1g}, and its mel gives rumble"])
         return self.mel_spectrogram(samples)
 
     @torch.no_grad()
@@ -505,7 +505,7 @@ def _checked_audio(audio: Any, device: torch.device, most_peak: float = MOST_PEA
     return samples
 
 
-def _warn_caller(notes: Sequence[str]) -> None:
+def warn_caller(notes: Sequence[str]) -> None:
     """Makes warnings of notes, which name the line that called the vocoder's method."""
     for note in notes:
         warnings.warn(note, VocoderWarning, stacklevel=_CALLER)

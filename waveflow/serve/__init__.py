@@ -1,0 +1,1 @@
+"""`waveflow serve`: speech over HTTP."""

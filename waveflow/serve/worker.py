@@ -1,0 +1,229 @@
+"""Worker: one thread that computes what all requests wait for.
+
+A model uses all threads of the machine, so two syntheses at once would only slow each other down.
+Requests take turns, a piece of audio each: a short one does not wait for the end of a long one.
+Mels that arrive together are decoded together.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from waveflow.engine.options import SynthesisOptions
+from waveflow.engine.vocoder import Vocoder
+
+Pieces = Iterator[np.ndarray]
+
+
+class Busy(Exception):
+    """Too many requests wait already."""
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+class TooLate(Exception):
+    """A request was not done within its time."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A request to the worker, and the audio that comes of it.
+
+    Attributes:
+        pieces: makes the audio, in the worker's thread.
+        deadline: by time.monotonic().
+        mel, options: of a mel (M, F) that may be decoded together with others.
+    """
+
+    pieces: Callable[[], Pieces]
+    deadline: float
+    mel: np.ndarray | None = None
+    options: SynthesisOptions | None = None
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    answers: "asyncio.Queue[np.ndarray | Exception | None]" = field(default_factory=asyncio.Queue)
+    is_given_up: bool = False
+
+    def answer(self, item: "np.ndarray | Exception | None") -> None:
+        """Hands over a piece, the error that ends the audio, or None for its end."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.answers.put_nowait, item)
+
+    async def audio(self) -> AsyncIterator[np.ndarray]:
+        """The pieces, as they are made.
+
+        Raises:
+            WaveflowError: what was asked for is wrong.
+            TooLate: the time is over.
+        """
+        try:
+            while True:
+                if self.answers.empty():  # what is there already is never late
+                    try:
+                        async with asyncio.timeout(self.deadline - time.monotonic()):
+                            item = await self.answers.get()
+                    except TimeoutError as error:
+                        raise TooLate from error
+                else:
+                    item = self.answers.get_nowait()
+                if item is None:
+                    return
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            self.is_given_up = True
+
+
+class Worker:
+    """Computes audio for requests, in a thread of its own.
+
+    Args:
+        vocoder: decodes batches of mels.
+        most_waiting: requests that may wait or take turns.
+        most_together: mels decoded in one batch.
+        on_batch: called with the size of each batch.
+    """
+
+    def __init__(
+        self,
+        vocoder: Vocoder,
+        most_waiting: int,
+        most_together: int,
+        on_batch: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        self.vocoder = vocoder
+        self.most_waiting = most_waiting
+        self.most_together = most_together
+        self.on_batch = on_batch
+        self.n_open = 0
+        self._arrived: queue.Queue[Request | None] = queue.Queue()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="waveflow worker", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Puts a request into the line.
+
+        Raises:
+            Busy: the line is full.
+        """
+        with self._lock:
+            if self.n_open >= self.most_waiting:
+                raise Busy
+            self.n_open += 1
+        self._arrived.put(request)
+
+    def stop(self) -> None:
+        """Ends the thread, after what it computes now."""
+        self._arrived.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        turns: deque[tuple[Request, Pieces]] = deque()
+        mels: list[Request] = []
+        while True:
+            arrived = self._new_requests(wait=not turns and not mels)
+            if None in arrived:
+                return
+            alone = [r for r in arrived if r is not None and r.mel is None]
+            turns.extend((request, request.pieces()) for request in alone)
+            mels += [r for r in arrived if r is not None and r.mel is not None]
+            if mels:
+                batch = self._next_batch(mels)
+                self._speak_together(batch)
+            if turns:
+                request, pieces = turns.popleft()
+                if self._next_piece(request, pieces):
+                    turns.append((request, pieces))
+
+    def _new_requests(self, wait: bool) -> "list[Request | None]":
+        found = [self._arrived.get()] if wait else []
+        while not self._arrived.empty():
+            found.append(self._arrived.get_nowait())
+        return found
+
+    def _next_batch(self, mels: list[Request]) -> list[Request]:
+        """Takes the oldest mel, and others of the same options and of about its length."""
+        first = mels[0]
+        batch = [
+            mel
+            for mel in mels
+            if _key(mel) == _key(first) and 0.8 <= _frames(mel) / _frames(first) <= 1.25
+        ][: self.most_together]
+        mels[:] = [mel for mel in mels if mel not in batch]
+        return batch
+
+    def _speak_together(self, batch: list[Request]) -> None:
+        batch = [request for request in batch if not self._is_over(request)]
+        audios: list[np.ndarray] = []
+        if len(batch) > 1:
+            with suppress(Exception):  # of one of them: alone, each gets its own answer
+                audios = together(self.vocoder, batch)
+        if audios:
+            self.on_batch(len(batch))
+            for request, audio in zip(batch, audios, strict=True):
+                request.answer(audio)
+                self._end(request, None)
+            return
+        for request in batch:
+            pieces = request.pieces()
+            while self._next_piece(request, pieces):
+                pass
+            self.on_batch(1)
+
+    def _next_piece(self, request: Request, pieces: Pieces) -> bool:
+        """Hands over the next piece; returns whether there may be more."""
+        if self._is_over(request):
+            return False
+        try:
+            request.answer(next(pieces))
+        except StopIteration:
+            self._end(request, None)
+            return False
+        except Exception as error:
+            self._end(request, error)
+            return False
+        return True
+
+    def _is_over(self, request: Request) -> bool:
+        if request.is_given_up or time.monotonic() > request.deadline:
+            self._end(request, TooLate())
+            return True
+        return False
+
+    def _end(self, request: Request, error: Exception | None) -> None:
+        with self._lock:
+            self.n_open -= 1
+        request.answer(error)
+
+
+def _frames(request: Request) -> int:
+    assert request.mel is not None
+    return request.mel.shape[1]
+
+
+def _key(request: Request) -> SynthesisOptions:
+    """What must be the same for all mels of a batch."""
+    assert request.options is not None
+    return request.options.changed({"seed": 0})
+
+
+def together(vocoder: Vocoder, batch: Sequence[Request]) -> list[np.ndarray]:
+    """Audio of each mel of a batch: what it gives alone."""
+    lengths = [_frames(request) for request in batch]
+    mels = np.zeros((len(batch), batch[0].mel.shape[0], max(lengths)), np.float32)
+    for row, request, length in zip(mels, batch, lengths, strict=True):
+        row[:, :length] = request.mel
+    options = batch[0].options.changed({"seed": [request.options.seed for request in batch]})
+    speech = vocoder.synthesise(mels, options, lengths)
+    ends = (n * vocoder.hop_length for n in lengths)
+    return [audio[:end].numpy() for audio, end in zip(speech.audio.cpu(), ends, strict=True)]
