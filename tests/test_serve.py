@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 from waveflow.engine.vocoder import Vocoder
 from waveflow.serve import worker as worker_module
 from waveflow.serve.app import ServerLimits, make_app
-from waveflow.tts.speaker import Speaker, load_speaker
+from waveflow.tts.speaker import PAUSE, Speaker, load_speaker
 
 
 @pytest.fixture(scope="module")
@@ -412,22 +412,24 @@ def browser() -> Iterator:
 
 
 def test_the_page_speaks(browser, server: tuple[subprocess.Popen, str], tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
     page = browser.new_page(viewport={"width": 390, "height": 800})
     problems: list[str] = []
     page.on("console", lambda text: problems.append(text.text) if text.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(server[1])
-    done = "document.querySelector('#status').textContent.includes('s of speech in')"
+    status, audio = page.locator("#status"), page.locator("#audio")
     page.fill("#text", "Hello. World.")
     page.click("#speak")
-    page.wait_for_function(done)
-    assert page.is_visible("#audio") and page.is_visible("#spectrogram")
-    spoken = float(page.get_attribute("#audio", "data-seconds"))
-    assert spoken > 0.3  # the pause alone
+    expect(status).to_contain_text("s of speech in")
+    expect(audio).to_be_visible()
+    expect(page.locator("#spectrogram")).to_be_visible()
+    assert float(audio.get_attribute("data-seconds")) > PAUSE
 
     np.save(tmp_path / "mel.npy", some_mel(172))
     page.set_input_files("#file", tmp_path / "mel.npy")
-    page.wait_for_function("document.querySelector('#audio').dataset.seconds === '2.0'")
+    expect(audio).to_have_attribute("data-seconds", "2.0")
     lit = page.evaluate(
         """() => { const c = document.querySelector('#spectrogram');
         return c.getContext('2d').getImageData(0, 0, c.width, c.height).data
@@ -435,9 +437,9 @@ def test_the_page_speaks(browser, server: tuple[subprocess.Popen, str], tmp_path
     )
     assert lit
     # Nothing is wider than a phone.
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
     assert not problems
     page.fill("#text", "...")
     page.click("#speak")
-    page.wait_for_function("document.querySelector('#status').textContent.includes('no word')")
+    expect(status).to_contain_text("no word")
     page.close()

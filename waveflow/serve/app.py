@@ -31,7 +31,7 @@ from waveflow.engine.options import SynthesisOptions
 from waveflow.engine.streaming import WINDOW_FRAMES
 from waveflow.errors import AudioError, MelMismatchError, WaveflowError, fault
 from waveflow.model_files import first_problem
-from waveflow.serve.worker import Busy, Gone, Pieces, Request, TooLate, Worker
+from waveflow.serve.worker import Busy, Gone, MelRequest, Pieces, Request, TooLate, Worker
 from waveflow.tts.speaker import FASTEST, SLOWEST, Speaker
 
 PAGE = Path(__file__).parent / "page.html"
@@ -43,7 +43,9 @@ TEXT_BODY_BYTES = 2**14
 CLIENT_LEFT = 499
 # Seconds in which a body must have arrived.
 BODY_SECONDS = 30
-# Of a mel: five of a second each are decoded in the time of four.
+# On a CPU eight mels of half a second to one are decoded together in half the time of one after
+# another; of two seconds nothing is gained, and of four they take longer (benchmarks/together.py).
+FRAMES_TOGETHER_ON_CPU = 100
 MOST_TOGETHER = 8
 
 Format = Literal["wav", "flac", "mp3", "pcm"]
@@ -116,11 +118,8 @@ class Service:
             self.vocoder, limits.waiting, MOST_TOGETHER, self.metrics.batches.observe
         )
 
-    async def audio(
-        self, http: HttpRequest, pieces: Callable[[], Pieces], **batched: Any
-    ) -> AsyncIterator[np.ndarray]:
+    async def audio(self, http: HttpRequest, request: Request) -> AsyncIterator[np.ndarray]:
         """Puts a request into the line and gives its audio, unless the client leaves."""
-        request = Request(pieces, time.monotonic() + self.limits.seconds, **batched)
         self.worker.submit(request)
 
         async def watch() -> None:
@@ -163,10 +162,13 @@ class Service:
                 yield piece.cpu().numpy()
 
         is_plain = options.convention in (None, NATIVE) and options.time_major is False
-        fits = mel.shape[0] == self.vocoder.mel_config.n_mels and mel.shape[1] <= WINDOW_FRAMES
+        on_cpu = self.vocoder.device.type == "cpu"
+        most = FRAMES_TOGETHER_ON_CPU if on_cpu else WINDOW_FRAMES
+        fits = mel.shape[0] == self.vocoder.mel_config.n_mels and mel.shape[1] <= most
         if is_plain and fits and not is_streamed:
-            return self.audio(http, pieces, mel=mel, options=options)
-        return self.audio(http, pieces)
+            batched = MelRequest(pieces, self._deadline(), mel=mel, options=options)
+            return self.audio(http, batched)
+        return self.audio(http, Request(pieces, self._deadline()))
 
     def copy_audio(
         self, http: HttpRequest, body: bytes, asked: "SamplingQuery"
@@ -183,7 +185,10 @@ class Service:
                 yield piece[:left].cpu().numpy()
                 left -= len(piece)
 
-        return self.audio(http, pieces)
+        return self.audio(http, Request(pieces, self._deadline()))
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.limits.seconds
 
     def _recording(self, body: bytes) -> np.ndarray:
         with tempfile.NamedTemporaryFile(prefix="waveflow-") as file:
@@ -207,7 +212,11 @@ class Service:
         if n > most:
             raise HTTPException(413, f"the text has {n:,} characters; at most {most:,} are spoken")
         options = SynthesisOptions(seed=body.seed)
-        return self.audio(http, lambda: self.speaker.stream([body.input], options, body.speed))
+
+        def pieces() -> Pieces:
+            return self.speaker.stream([body.input], options, body.speed)
+
+        return self.audio(http, Request(pieces, self._deadline()))
 
     async def answer(
         self, audio: AsyncIterator[np.ndarray], format: Format, pcm_rate: int | None = None
@@ -316,7 +325,8 @@ def make_app(speaker: Speaker, limits: ServerLimits | None = None) -> FastAPI:
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> Response:
-        policy = "default-src 'self' 'unsafe-inline' blob:; base-uri 'none'; form-action 'none'"
+        sources = "default-src 'self' 'unsafe-inline' blob:; img-src data:"
+        policy = f"{sources}; base-uri 'none'; form-action 'none'"
         return HTMLResponse(
             PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": policy}
         )

@@ -2,7 +2,7 @@
 
 A model uses all threads of the machine, so two syntheses at once would only slow each other down.
 Requests take turns, a piece of audio each: a short one does not wait for the end of a long one.
-Mels that arrive together are decoded together.
+Short mels that wait together are decoded together.
 """
 
 import asyncio
@@ -41,13 +41,10 @@ class Request:
     Attributes:
         pieces: makes the audio, in the worker's thread.
         deadline: by time.monotonic().
-        mel, options: of a mel (M, F) that may be decoded together with others.
     """
 
     pieces: Callable[[], Pieces]
     deadline: float
-    mel: np.ndarray | None = None
-    options: SynthesisOptions | None = None
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     answers: "asyncio.Queue[np.ndarray | Exception | None]" = field(default_factory=asyncio.Queue)
     is_given_up: bool = False
@@ -81,6 +78,23 @@ class Request:
                 yield item
         finally:
             self.is_given_up = True
+
+
+@dataclass(eq=False, kw_only=True)
+class MelRequest(Request):
+    """A request for the speech of a mel (M, F) that may be decoded together with others."""
+
+    mel: np.ndarray
+    options: SynthesisOptions
+
+    @property
+    def n_frames(self) -> int:
+        return self.mel.shape[1]
+
+    def goes_with(self, other: "MelRequest") -> bool:
+        """Whether both can be of one batch: of the same options, and of about one length."""
+        same = self.options.changed({"seed": 0}) == other.options.changed({"seed": 0})
+        return same and 0.8 <= self.n_frames / other.n_frames <= 1.25
 
 
 class Worker:
@@ -129,16 +143,19 @@ class Worker:
 
     def _work(self) -> None:
         turns: deque[tuple[Request, Pieces]] = deque()
-        mels: list[Request] = []
+        mels: list[MelRequest] = []
         while True:
             arrived = self._new_requests(wait=not turns and not mels)
             if None in arrived:
                 return
-            alone = [r for r in arrived if r is not None and r.mel is None]
-            turns.extend((request, request.pieces()) for request in alone)
-            mels += [r for r in arrived if r is not None and r.mel is not None]
+            for request in arrived:
+                if isinstance(request, MelRequest):
+                    mels.append(request)
+                elif request is not None:
+                    turns.append((request, request.pieces()))
             if mels:
-                batch = self._next_batch(mels)
+                batch = [mel for mel in mels if mel.goes_with(mels[0])][: self.most_together]
+                mels = [mel for mel in mels if mel not in batch]
                 self._speak_together(batch)
             if turns:
                 request, pieces = turns.popleft()
@@ -151,18 +168,7 @@ class Worker:
             found.append(self._arrived.get_nowait())
         return found
 
-    def _next_batch(self, mels: list[Request]) -> list[Request]:
-        """Takes the oldest mel, and others of the same options and of about its length."""
-        first = mels[0]
-        batch = [
-            mel
-            for mel in mels
-            if _key(mel) == _key(first) and 0.8 <= _frames(mel) / _frames(first) <= 1.25
-        ][: self.most_together]
-        mels[:] = [mel for mel in mels if mel not in batch]
-        return batch
-
-    def _speak_together(self, batch: list[Request]) -> None:
+    def _speak_together(self, batch: list[MelRequest]) -> None:
         batch = [request for request in batch if not self._is_over(request)]
         audios: list[np.ndarray] = []
         if len(batch) > 1:
@@ -206,20 +212,9 @@ class Worker:
         request.answer(error)
 
 
-def _frames(request: Request) -> int:
-    assert request.mel is not None
-    return request.mel.shape[1]
-
-
-def _key(request: Request) -> SynthesisOptions:
-    """What must be the same for all mels of a batch."""
-    assert request.options is not None
-    return request.options.changed({"seed": 0})
-
-
-def together(vocoder: Vocoder, batch: Sequence[Request]) -> list[np.ndarray]:
+def together(vocoder: Vocoder, batch: Sequence[MelRequest]) -> list[np.ndarray]:
     """Audio of each mel of a batch: what it gives alone."""
-    lengths = [_frames(request) for request in batch]
+    lengths = [request.n_frames for request in batch]
     mels = np.zeros((len(batch), batch[0].mel.shape[0], max(lengths)), np.float32)
     for row, request, length in zip(mels, batch, lengths, strict=True):
         row[:, :length] = request.mel

@@ -18,13 +18,12 @@ SLOWEST, FASTEST = 0.25, 4.0
 
 
 class Acoustic(Protocol):
-    """Text to mels: a `Voice`, or another system's model (waveflow/tts/foreign.py).
+    """Text to mels: a `Voice`, or another system's model (waveflow/tts/foreign.py)."""
 
-    Attributes:
-        convention: of its mels; None for the vocoder's own.
-    """
-
-    convention: str | MelConfig | None
+    @property
+    def convention(self) -> str | MelConfig | None:
+        """Of its mels; None for the vocoder's own."""
+        ...
 
     def mels(self, text: str, pace: float, seed: int) -> Iterable[Tensor]:
         """A mel (M, F) for each sentence of a text."""
@@ -41,8 +40,8 @@ class Speaker:
     Example:
         >>> speaker = waveflow.load_speaker()
         >>> audio = speaker("Hello.")
-        >>> audio.shape, speaker.sample_rate
-        ((18944,), 22050)
+        >>> audio.dtype, speaker.sample_rate
+        (dtype('float32'), 22050)
     """
 
     def __init__(self, acoustic: Acoustic, vocoder: Vocoder) -> None:
@@ -88,8 +87,9 @@ class Speaker:
         for text in texts:
             for mel in self.acoustic.mels(text, pace, seed):
                 speech = self.vocoder.synthesise(mel, options)
-                for note in speech.notes if on_note else ():
-                    on_note(note)
+                if on_note is not None:
+                    for note in speech.notes:
+                        on_note(note)
                 yield np.concatenate([pause, speech.audio.cpu().numpy()])
                 pause = np.zeros(round(PAUSE * self.sample_rate), np.float32)
         if not pause.size:
@@ -116,5 +116,5 @@ def load_speaker(
         from waveflow.tts.foreign import ESPEAK, Espeak
         from waveflow.tts.voice import load_voice
 
-        voice = Espeak(vocoder) if voice == ESPEAK else load_voice(voice)
+        return Speaker(Espeak(vocoder) if voice == ESPEAK else load_voice(voice), vocoder)
     return Speaker(voice, vocoder)
