@@ -4,9 +4,11 @@ Each runs in a folder that has what the pages name: recordings, mels, corpora, s
 place of the real ones, a run, a converted WaveGlow. What is not run is listed with its reason.
 """
 
+import io
 import re
 import shlex
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
@@ -16,10 +18,13 @@ import soundfile
 import torch
 from conftest import make_voice
 from safetensors.torch import load_file
+from small_voice import N_MELS, TINY, tiny_model_of
 from test_convert import upsample_weight
 from test_docs import PAGES
 
+from waveflow.audio.mel import MEL_PRESETS
 from waveflow.cli.main import main
+from waveflow.tts.voice import VoiceCard, save_voice
 
 ROOT = Path(__file__).parent.parent
 RATE = 22050
@@ -40,6 +45,9 @@ NOT_RUN = {
     "compare": "takes the minutes that it names; tests/test_compare.py runs it",
     "bench": "measures for a minute; tests/test_bench.py runs it",
     "export": "takes a minute; tests/test_export.py runs it",
+    "waveflow serve": "goes on until it is stopped; tests/test_serve.py runs it",
+    "espeak": "needs the program espeak-ng; tests/test_tts.py runs a stand-in",
+    "microsoft/": "fetches a model; tests/test_tts.py makes one",
     "--backend": "needs an exported graph; tests/test_export.py runs it",
 }
 SMALL = (ROOT / "tests" / "small_recipe.toml").read_text().replace("steps = 60", "steps = 2")
@@ -85,6 +93,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("FOLDER_OF_WAVS", "PATH/TO/wavs"):
             shutil.copytree("CORPUS/wavs", name)
         Path("val.txt").write_text("clip3\n")
+        Path("book.txt").write_text("Chapter one.\n\nIt was a dark night,\nand cold.\n")
+        card = VoiceCard(model=TINY, mel=MEL_PRESETS["hifigan"])
+        Path("runs/voice").mkdir(parents=True)
+        save_voice(Path("runs/voice/voice"), card, tiny_model_of(N_MELS))
         assert main(["mel", "CORPUS/wavs", "-o", "FOLDER"]) == 0
         Path("recipes/ljspeech").mkdir(parents=True)
         for name in ("frameglow", "waveglow"):
@@ -123,6 +135,10 @@ def test_a_command_of_the_pages_runs(
     shutil.copytree(world, here, symlinks=True)
     monkeypatch.chdir(here)
     words = shlex.split(line[line.index("waveflow ") :])[1:]
+    if "<" in words:
+        at = words.index("<")
+        monkeypatch.setattr(sys, "stdin", io.StringIO(Path(words[at + 1]).read_text()))
+        del words[at : at + 2]
     for option in ("-o", "--out"):
         if option in words and "--resume" not in words:
             out = Path(words[words.index(option) + 1])

@@ -81,11 +81,11 @@ def test_the_code_of_readme_and_pages_runs(tmp_path: Path, monkeypatch: pytest.M
     }
     blocks = [
         block
-        for page in ("README.md", "docs/index.md", "docs/using.md", "docs/flows.md")
+        for page in ("README.md", "docs/index.md", "docs/using.md", "docs/flows.md", "docs/say.md")
         for block in code_blocks(ROOT / page)
         if 'device="cuda"' not in block and "org/name" not in block
     ]
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(block, names | {"__name__": "block"})
     wav, _ = soundfile.read("out.wav")

@@ -4,7 +4,8 @@ A library that is not installed skips its tests. transformers comes with `pip in
 The others, each beside the packages of this one:
 
     pip install --no-deps matcha-tts              # 0.0.7.2
-    pip install torchaudio                        # 2.11.1; needs torch of the same CUDA version
+    pip install torch==2.9.1 torchaudio==2.9.1    # a pair: another torch fails at its import
+    pip install vocos                             # 0.1.0; needs torchaudio
     pip install speechbrain                       # 1.1.2
     pip install coqui-tts                         # 0.28.0
     pip install espnet                            # 202511
@@ -20,6 +21,7 @@ Three have no package. HOSTS names the folder of their clones:
     HOSTS=$PWD pytest tests/test_hosts.py
 """
 
+import copy
 import importlib
 import inspect
 import json
@@ -42,6 +44,7 @@ from waveflow.adapters.nvidia import WaveGlowVocoder
 from waveflow.adapters.speechbrain import SpeechBrainVocoder
 from waveflow.adapters.torchaudio import TorchaudioVocoder, with_vocoder
 from waveflow.adapters.transformers import TransformersVocoder
+from waveflow.adapters.vocos import VocosVocoder
 from waveflow.engine.vocoder import Vocoder, load
 
 HOP = 256
@@ -197,11 +200,37 @@ def test_torchaudios_bundle(vocoder: Vocoder) -> None:
 # --- SpeechBrain ---
 
 
-def test_speechbrains_signatures() -> None:
+def test_speechbrains_tacotron2(vocoder: Vocoder) -> None:
     theirs = imported("speechbrain.inference.vocoders").HIFIGAN
     for name in ("decode_batch", "decode_spectrogram"):
         wanted = list(inspect.signature(getattr(theirs, name)).parameters)
         assert list(inspect.signature(getattr(SpeechBrainVocoder, name)).parameters) == wanted
+    from speechbrain.lobes.models.Tacotron2 import Tacotron2
+
+    sizes = {"symbols_embedding_dim": 16, "encoder_embedding_dim": 16, "attention_rnn_dim": 16,
+             "decoder_rnn_dim": 16, "prenet_dim": 16, "postnet_embedding_dim": 16}  # fmt: skip
+    tacotron = Tacotron2(max_decoder_steps=30, decoder_no_early_stopping=True, **sizes).eval()
+    with torch.no_grad():
+        mel, _, _ = tacotron.infer(torch.randint(0, 148, (2, 9)), torch.tensor([9, 9]))
+    assert mel.shape == (2, 80, 30)
+    audio = SpeechBrainVocoder(vocoder, **ANY).decode_batch(mel, torch.tensor([30, 20]), HOP)
+    assert audio.shape == (2, 1, 30 * HOP) and not audio[1, :, 20 * HOP :].any()
+
+
+# --- Vocos ---
+
+
+def test_vocoss_features_and_call(vocoder: Vocoder) -> None:
+    theirs = imported("vocos").Vocos.decode
+    assert list(inspect.signature(theirs).parameters)[:2] == ["self", "features_input"]
+    from vocos.feature_extractors import MelSpectrogramFeatures
+
+    voice = torch.from_numpy(make_voice(1.0, sample_rate=24000))[None]
+    features = MelSpectrogramFeatures()(voice)
+    ours = VocosVocoder(vocoder, convention="vocos", lossy=True)
+    audio = ours.decode(features)
+    seconds = features.shape[2] * 256 / 24000
+    assert abs(audio.shape[1] / 22050 - seconds) < 0.05 and torch.isfinite(audio).all()
 
 
 # --- Coqui ---
@@ -344,6 +373,56 @@ def test_nemos_mels_and_call(vocoder: Vocoder) -> None:
     assert (copy[:, :, inner] - own[:, :, inner]).abs().mean() < 0.3  # half a hop apart
 
 
+def test_nemos_fastpitch(vocoder: Vocoder) -> None:
+    fastpitch_of = imported("nemo.collections.tts.models").FastPitchModel
+    from omegaconf import OmegaConf
+
+    modules = "nemo.collections.tts.modules"
+    fft = {"n_layer": 1, "n_head": 1, "d_model": 16, "d_head": 16, "d_inner": 16,
+           "kernel_size": 3, "dropout": 0.1, "dropatt": 0.1, "dropemb": 0.0}  # fmt: skip
+    predictor = {
+        "_target_": f"{modules}.fastpitch.TemporalPredictor",
+        "input_size": 16,
+        "kernel_size": 3,
+        "filter_size": 16,
+        "dropout": 0.1,
+        "n_layers": 1,
+    }
+    tokenizer = "nemo.collections.common.tokenizers.text_to_speech.tts_tokenizers"
+    config = {
+        "learn_alignment": True,
+        "n_speakers": 1,
+        "n_mel_channels": 80,
+        "symbols_embedding_dim": 16,
+        "pitch_embedding_kernel_size": 3,
+        "min_token_duration": 2,
+        "max_token_duration": 4,
+        "train_ds": {
+            "dataset": {"_target_": "nemo.collections.tts.data.dataset.TTSDataset"},
+            "defer_setup": True,
+        },
+        "text_tokenizer": {"_target_": f"{tokenizer}.EnglishCharsTokenizer"},
+        "alignment_module": {
+            "_target_": f"{modules}.aligner.AlignmentEncoder",
+            "n_text_channels": 16,
+        },
+        "preprocessor": {
+            "_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor",
+            "features": 80,
+        },
+        "input_fft": fft | {"_target_": f"{modules}.transformer.FFTransformerEncoder",
+                            "d_embed": 16},
+        "output_fft": fft | {"_target_": f"{modules}.transformer.FFTransformerDecoder"},
+        "duration_predictor": predictor,
+        "pitch_predictor": predictor,
+    }  # fmt: skip
+    fastpitch = fastpitch_of(OmegaConf.create(config)).eval()
+    mel = fastpitch.generate_spectrogram(tokens=fastpitch.parse("Hello world."))
+    assert mel.shape[1] == 80
+    made = NeMoVocoder(vocoder, **ANY).convert_spectrogram_to_audio(spec=mel)
+    assert made.shape == (1, mel.shape[2] * HOP)
+
+
 def test_numpy_reads_what_a_host_gets(vocoder: Vocoder) -> None:
     """Hosts turn audio into 16-bit integers, some without a clamp."""
     audio = HiFiGANVocoder(vocoder)(-2 + torch.rand(1, 80, 10))
@@ -388,7 +467,11 @@ def test_nvidias_denoiser(source: Any, vocoder: Vocoder, monkeypatch: pytest.Mon
     pad_center = librosa.util.pad_center
     monkeypatch.setattr(librosa.util, "pad_center", lambda x, size: pad_center(x, size=size))
     Denoiser = importlib.import_module("denoiser").Denoiser
-    waveglow = WaveGlowVocoder(vocoder, **ANY)
+    humming = copy.deepcopy(vocoder)
+    with torch.no_grad():
+        for parameter in humming.flow.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    waveglow = WaveGlowVocoder(humming, **ANY)
     waveglow = waveglow.remove_weightnorm(waveglow)
     waveglow.cuda().eval()
     denoiser = Denoiser(waveglow).cuda()
