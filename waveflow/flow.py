@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from waveflow.bijections.base import Bijection, Condition
+from waveflow.bijections.base import Bijection, Condition, log_dets_by_position
 from waveflow.context import Context, context_of
 from waveflow.distributions import draw_noise, standard_normal_log_prob
 from waveflow.errors import ConfigError
@@ -203,6 +203,24 @@ class Flow(nn.Module):
             n_samples = cond.mask.sum((1, 2)) * self.channels
         return log_prob / n_samples, z
 
+    def by_frame(self, audio: Tensor, mel: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-likelihoods of frames (B, F) and of all (B,), nats per sample, and z (B, C, L).
+
+        A frame has the density of its own z and the log-determinants at its positions. Their mean
+        is the log-likelihood, where every bijection adds up its own by `sum_log_det`.
+
+        Args:
+            audio: (B, F hop_length).
+            mel: (B, M, F), as `forward`.
+        """
+        n_frames = audio.shape[1] // self.hop_length
+        cond = self.condition(self._mel(audio, mel)).crop(audio.shape[1] // self.channels)
+        with log_dets_by_position() as log_dets:
+            log_prob, z = self.log_prob(audio, cond)
+        own = -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
+        frames = torch.stack([_in_frames(part, n_frames) for part in (own, *log_dets)]).sum(0)
+        return frames / self.hop_length, log_prob, z
+
     def encode(
         self, audio: Tensor, mel: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
@@ -302,6 +320,14 @@ class Flow(nn.Module):
             raise ConfigError("this flow is steered by a mel: give one")
         n_frames = -(-samples.shape[1] // self.hop_length)
         return samples.new_zeros(len(samples), 0, n_frames)
+
+
+def _in_frames(values: Tensor, n_frames: int) -> Tensor:
+    """Values (B, L) of positions, added up in frames (B, F), or shared out among them."""
+    if values.shape[1] >= n_frames:
+        return values.unflatten(1, (n_frames, -1)).sum(2)
+    n = n_frames // values.shape[1]
+    return values.repeat_interleave(n, 1) / n
 
 
 def select_items(state: State, items: Any) -> State:

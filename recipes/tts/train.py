@@ -155,7 +155,7 @@ def main() -> None:
         with torch.no_grad():
             for mean, now in zip(*(m.state_dict().values() for m in (average, model)), strict=True):
                 mean.lerp_(now, 10 / (step + 9)) if now.is_floating_point() else mean.copy_(now)
-        seen.append((float(terms.log_likelihood), float(terms.duration)))
+        seen.append((terms.log_likelihood.item(), terms.duration.item()))
         if step % SHOW_STEPS == 0:
             likelihood, duration = np.mean(seen[-SHOW_STEPS:], 0)
             took = time.monotonic() - begin

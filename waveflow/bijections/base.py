@@ -4,6 +4,9 @@ A reader who knows this page can read every file of the package.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -122,12 +125,29 @@ def rounded_up(positions: float | Fraction, block: int | Fraction = 1) -> Any:
     return math.ceil(Fraction(positions) / block) * block
 
 
+_log_dets: ContextVar[list[Tensor] | None] = ContextVar("log-determinants", default=None)
+
+
+@contextmanager
+def log_dets_by_position() -> Iterator[list[Tensor]]:
+    """Gives a list that gets the log-determinant (B, L) of each bijection that runs inside."""
+    found: list[Tensor] = []
+    token = _log_dets.set(found)
+    try:
+        yield found
+    finally:
+        _log_dets.reset(token)
+
+
 def sum_log_det(elementwise: Tensor, cond: Condition | None) -> Tensor:
     """Reduces a log-determinant (B, C or 1, L) to (B,), over valid positions only."""
     per_position = elementwise.float() if elementwise.dtype.itemsize < 4 else elementwise
     per_position = per_position.sum(1)
     if cond is not None and cond.mask is not None:
         per_position = zero_padding(per_position, cond.mask[:, 0])
+    # Dynamo, which compiles decoders, knows no context variables.
+    if not torch.compiler.is_dynamo_compiling() and (found := _log_dets.get()) is not None:
+        found.append(per_position)
     return per_position.sum(1)
 
 

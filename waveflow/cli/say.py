@@ -69,7 +69,7 @@ def say(
     Examples:
       waveflow say "Good morning." -o out.wav
       waveflow say "Good morning." -o out.wav --pace 1.2 --seed 1
-      waveflow say - -o - < book.txt | aplay -t raw -f S16_LE -r 22050
+      cat book.txt | waveflow say - -o - | aplay -t raw -f S16_LE -r 22050
       waveflow say "Good morning." -o out.wav --voice espeak
       waveflow say "Hello." -o out.wav --acoustic microsoft/speecht5_tts --lossy
     """

@@ -393,6 +393,20 @@ class Vocoder:
         return self.flow(samples, batch)
 
     @torch.no_grad()
+    def log_prob_by_frame(self, audio: Tensor | np.ndarray, mel: Tensor | np.ndarray) -> Tensor:
+        """Where the model believes the audio, (B, F): nats per sample of each frame.
+
+        Their mean is `log_prob`; arguments as there.
+
+        Raises:
+            ConfigError: the model's likelihood is a bound, or no sum over frames.
+        """
+        frames, log_prob, _ = self.flow.by_frame(*self._pair(audio, mel))
+        if not torch.allclose(frames.mean(1), log_prob, rtol=1e-3, atol=1e-3):
+            raise ConfigError(f"the likelihood of a {self.config.model.type} is no sum over frames")
+        return frames
+
+    @torch.no_grad()
     def encode(self, audio: Tensor | np.ndarray, mel: Tensor | np.ndarray) -> Tensor:
         """The noise z (B, C, L) that `decode` turns into this audio; lengths as `log_prob`."""
         samples, batch = self._pair(audio, mel)

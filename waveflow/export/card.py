@@ -8,8 +8,8 @@ from waveflow.audio.mel_config import MelConfig
 
 # The key of the card among an ONNX file's metadata.
 CARD = "waveflow"
-# Names of the graph's inputs and its output.
-MEL, SIGMA, NOISE, AUDIO = "mel", "sigma", "noise", "audio"
+# Names of the graphs' inputs and outputs.
+MEL, SIGMA, NOISE, AUDIO, LOG_PROB = "mel", "sigma", "noise", "audio", "log_prob"
 # Fewer have no place in the graph: sizes of 1 and 2 are special cases of padding and of torch.
 FEWEST_FRAMES = 3
 # Values of noise for each sample of audio; a flow has one, and more only by latents of its own.

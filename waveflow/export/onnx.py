@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -13,8 +13,17 @@ from waveflow.engine.fast.int8 import speech_like_mel
 from waveflow.engine.options import SynthesisOptions
 from waveflow.engine.vocoder import Vocoder
 from waveflow.errors import ConfigError
-from waveflow.export.card import AUDIO, CARD, FEWEST_FRAMES, MEL, NOISE, SIGMA, GraphCard
-from waveflow.export.program import Speaker, traced
+from waveflow.export.card import (
+    AUDIO,
+    CARD,
+    FEWEST_FRAMES,
+    LOG_PROB,
+    MEL,
+    NOISE,
+    SIGMA,
+    GraphCard,
+)
+from waveflow.export.program import Listener, Speaker, traced, traced_listener
 from waveflow.files import output_path
 
 Weights = Literal["float32", "float16", "int8"]
@@ -101,6 +110,43 @@ def export(
         return Export(temporary.stat().st_size, error, decibels)
 
 
+def export_listener(vocoder: Vocoder, out: Path, weights: Weights = "float32") -> Export:
+    """Writes the other way as an ONNX graph: `audio` (1, T) to what the model makes of it.
+
+    The outputs are `mel` (1, M, F), `noise` (1, C, L), of which a graph of `export` makes this
+    audio at sigma 1 without refinement, and `log_prob` (1, F), nats per sample of each frame. T is
+    a whole number of frames, 3 or more.
+
+    Args:
+        vocoder, out, weights: as `export`.
+
+    Returns:
+        Size, and the largest error of noise and log_prob.
+
+    Raises:
+        ConfigError: as `export`.
+    """
+    if out.suffix != ".onnx":
+        raise ConfigError(f"{out}: name a file that ends in .onnx")
+    _check_extra()
+    listener = Listener(vocoder).eval()
+    outputs = (MEL, NOISE, LOG_PROB)
+    graph = _graph_of(traced_listener(listener), outputs)
+    if weights != "float32":
+        _store_small(graph.graph, weights)
+    session = _session_of(graph)
+    with torch.no_grad():
+        example = vocoder.example_mel()
+        mel = speech_like_mel(vocoder.mel_config.n_mels, 87) if example is None else example
+        audio = vocoder.draw(mel)[None]
+        expected = listener(audio)
+    found = session.run(outputs, {AUDIO: audio.numpy()})
+    errors = [float(np.abs(a - b.numpy()).max()) for a, b in zip(found, expected, strict=True)]
+    with output_path(out) as temporary:
+        _save_checked(graph, _card_of(vocoder, SynthesisOptions()), {}, temporary)
+        return Export(temporary.stat().st_size, max(errors[1:]), float("nan"))
+
+
 def _card_of(vocoder: Vocoder, options: SynthesisOptions) -> GraphCard:
     flow, own = vocoder.flow, vocoder.config.synthesis
     return GraphCard(
@@ -124,7 +170,7 @@ def _check_extra() -> None:
         ) from error
 
 
-def _graph_of(program: torch.export.ExportedProgram) -> Any:
+def _graph_of(program: torch.export.ExportedProgram, outputs: Sequence[str] = (AUDIO,)) -> Any:
     """The program as an ONNX model, without the places of this machine's files."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -138,10 +184,12 @@ def _graph_of(program: torch.export.ExportedProgram) -> Any:
     assert made is not None
     model: Any = made.model_proto
     graph = model.graph
-    [output] = graph.output
+    names = dict(zip((output.name for output in graph.output), outputs, strict=True))
     for node in graph.node:
-        node.output[:] = [AUDIO if name == output.name else name for name in node.output]
-    output.name = AUDIO
+        node.output[:] = [names.get(name, name) for name in node.output]
+        node.input[:] = [names.get(name, name) for name in node.input]
+    for output in graph.output:
+        output.name = names[output.name]
     for group in (graph.input, graph.output, graph.value_info, graph.initializer, graph.node):
         for item in group:
             item.ClearField("doc_string")
@@ -151,7 +199,6 @@ def _graph_of(program: torch.export.ExportedProgram) -> Any:
 
 def _save(model: Any, card: GraphCard, inputs: Collection[str], path: Path) -> None:
     """Fixes what is no input, names the graph and writes it."""
-    import onnx
     from onnx import numpy_helper
 
     graph = model.graph
@@ -163,8 +210,14 @@ def _save(model: Any, card: GraphCard, inputs: Collection[str], path: Path) -> N
     kept = [value for value in graph.input if value.name in (MEL, *inputs)]
     del graph.input[:]
     graph.input.extend(kept)
-    # sherpa-onnx and others that take a HiFi-GAN read the first two.
+    # sherpa-onnx and others that take a HiFi-GAN read these two.
     facts = {"model_type": "hifigan", "sample_rate": str(card.mel.sample_rate)}
+    _save_checked(model, card, facts, path)
+
+
+def _save_checked(model: Any, card: GraphCard, facts: dict[str, str], path: Path) -> None:
+    import onnx
+
     onnx.helper.set_model_props(model, facts | {CARD: card.model_dump_json()})
     onnx.checker.check_model(model)
     onnx.save(model, path)
@@ -202,7 +255,9 @@ def _store_small(graph: Any, weights: Weights) -> None:
     for tensor in list(graph.initializer):
         name, values = tensor.name, numpy_helper.to_array(tensor)
         stored, scale_name = f"{name}_stored", f"{name}_scale"
-        if values.dtype != np.float32 or values.size < _FEWEST_HALVED:
+        # Filterbanks, windows and transforms keep a name of their own; they are no weights.
+        is_exact = name.endswith(("projection", "window", "transform.matrix"))
+        if values.dtype != np.float32 or values.size < _FEWEST_HALVED or is_exact:
             continue
         if name in through and values.size >= _FEWEST_QUANTISED:
             axis = through[name] % values.ndim
@@ -242,11 +297,15 @@ def _put_first(graph: Any, nodes: list[Any]) -> None:
     graph.node.extend(nodes)
 
 
-def _session(model: Any) -> Run:
+def _session_of(model: Any) -> Any:
     import onnxruntime
 
     providers = ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=providers)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=providers)
+
+
+def _session(model: Any) -> Run:
+    session = _session_of(model)
 
     def run(**inputs: torch.Tensor) -> torch.Tensor:
         [audio] = session.run(None, {name: value.numpy() for name, value in inputs.items()})

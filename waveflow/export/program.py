@@ -2,16 +2,19 @@
 
 import math
 import warnings
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from waveflow.bijections import InvertibleConv1x1
 from waveflow.engine.fast.packed import DecodingKit
 from waveflow.engine.vocoder import Vocoder
 from waveflow.errors import ConfigError
-from waveflow.export.card import FEWEST_FRAMES, MEL, NOISE, SIGMA, GraphCard
+from waveflow.export.card import AUDIO, FEWEST_FRAMES, MEL, NOISE, SIGMA, GraphCard
 from waveflow.flow import Flow
 
 # Frames and items of the mel that is traced. Sizes of 1 would be taken for constants.
@@ -54,7 +57,38 @@ class Speaker(nn.Module):
         return {MEL: mel, SIGMA: torch.tensor(sigma), NOISE: noise}
 
 
-@torch.no_grad()
+class Listener(nn.Module):
+    """audio (B, F hop_length) to its mel (B, M, F), noise (B, C, L) and log_prob (B, F).
+
+    The noise is what `Speaker` makes this audio of at sigma 1; log_prob is in nats per sample of
+    each frame.
+    """
+
+    def __init__(self, vocoder: Vocoder) -> None:
+        super().__init__()
+        self.flow = deepcopy(vocoder.flow)
+        self.spectrogram = vocoder.mel_spectrogram
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        # No other runtime has a determinant.
+        for module in self.flow.modules():
+            if isinstance(module, InvertibleConv1x1):
+                module.log_abs_det = partial(torch.Tensor.clone, module.log_abs_det())  # type: ignore[method-assign]
+
+    def forward(self, audio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mel = self.spectrogram(audio)[..., : audio.shape[1] // self.flow.hop_length]
+        log_prob, _, noise = self.flow.by_frame(audio, mel)
+        return mel, noise, log_prob
+
+
+def traced_listener(listener: Listener) -> torch.export.ExportedProgram:
+    """The listener as a program for any number of frames from `FEWEST_FRAMES` on, one item."""
+    hop = listener.flow.hop_length
+    frames = torch.export.Dim("frames", min=FEWEST_FRAMES, max=_MOST_FRAMES)
+    example = 0.1 * torch.randn(1, _TRACED_FRAMES * hop, generator=torch.Generator().manual_seed(0))
+    return _program(listener, {AUDIO: example}, {AUDIO: {1: hop * frames}}, "model")
+
+
 def traced(speaker: Speaker, card: GraphCard) -> torch.export.ExportedProgram:
     """The speaker as a program for any number of items, and of frames from `FEWEST_FRAMES` on.
 
@@ -69,13 +103,20 @@ def traced(speaker: Speaker, card: GraphCard) -> torch.export.ExportedProgram:
         NOISE: {0: items, 2: card.noise_per_frame * frames},
     }
     inputs = speaker.example(torch.full((_TRACED_ITEMS, card.mel.n_mels, _TRACED_FRAMES), -5.0))
+    return _program(speaker, inputs, sizes, card.model)
+
+
+@torch.no_grad()
+def _program(
+    module: nn.Module, inputs: dict[str, Tensor], sizes: dict[str, Any], name: str
+) -> torch.export.ExportedProgram:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself
-            program = torch.export.export(speaker, (), inputs, dynamic_shapes=sizes, strict=False)
+            program = torch.export.export(module, (), inputs, dynamic_shapes=sizes, strict=False)
             # oneDNN's operator, which no other runtime has.
             return program.run_decompositions({torch.ops.waveflow.product.default: F.linear})
     except Exception as error:  # of torch.export, which raises many kinds
         raise ConfigError(
-            f"a {card.model} cannot be exported for all lengths: {str(error).splitlines()[0][:200]}"
+            f"a {name} cannot be exported for all lengths: {str(error).splitlines()[0][:200]}"
         ) from error

@@ -35,6 +35,7 @@ class GlowTTSConfig(BaseModel):
         width, n_layers: of the text encoder, ConvNeXt blocks.
         duration_layers: of the duration predictor.
         n_flows, flow_width, dilations: of the couplings and their gated networks.
+        dropout: of embeddings and of what the encoder gives, in training.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +47,7 @@ class GlowTTSConfig(BaseModel):
     n_flows: PositiveInt = 8
     flow_width: PositiveInt = 72
     dilations: tuple[Annotated[int, Field(gt=0, le=64)], ...] = Field((1, 2, 4), min_length=1)
+    dropout: float = Field(default=0.2, ge=0, lt=1)
 
 
 class Terms(NamedTuple):
@@ -73,6 +75,7 @@ class GlowTTS(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(len(SYMBOLS), config.width)
         self.encoder = ConvNeXt(config.width, config.n_layers)
+        self.dropout = nn.Dropout(config.dropout)
         self.prior = nn.Linear(config.width, n_mels)
         self.duration_net = ConvNeXt(config.width, config.duration_layers, kernel_size=5)
         self.duration = nn.Linear(config.width, 1)
@@ -82,7 +85,7 @@ class GlowTTS(nn.Module):
 
     def encode(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Prior means (B, S, M) and log durations (B, S) of symbols (B, S)."""
-        h = self.encoder(self.embed(text), mask[..., None])
+        h = self.dropout(self.encoder(self.dropout(self.embed(text)), mask[..., None]))
         # The durations do not teach the encoder (section 3.1).
         durations = self.duration(self.duration_net(h.detach(), mask[..., None]))[..., 0]
         return self.prior(h), durations
