@@ -31,7 +31,7 @@ ort = pytest.importorskip("onnxruntime", reason="graphs are run by the package o
 pytest.importorskip("onnxscript", reason="graphs are made with the packages onnx and onnxscript")
 
 from waveflow.export import onnx as exporting  # noqa: E402
-from waveflow.export.onnx import Export, export  # noqa: E402
+from waveflow.export.onnx import Export, export, export_listener  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 MEL = MEL_PRESETS["hifigan"]
@@ -169,6 +169,22 @@ def test_smaller_weights(
     assert whole.decibels + 20 < small.decibels < decibels
     kinds = {tensor.data_type for tensor in onnx.load(path).graph.initializer}
     assert (onnx.TensorProto.INT8 in kinds) == (weights == "int8")
+
+
+def test_the_other_way(vocoder: Vocoder, mel: Tensor, tmp_path: Path) -> None:
+    """Audio to its mel, noise and likelihood; the noise gives the audio back."""
+    made = export_listener(vocoder, tmp_path / "listen.onnx")
+    assert made.error < 1e-3
+    audio = vocoder.draw(mel[:, :70])
+    graph = ort.InferenceSession(tmp_path / "listen.onnx", providers=["CPUExecutionProvider"])
+    names = ["mel", "noise", "log_prob"]
+    own, noise, log_prob = map(torch.from_numpy, graph.run(names, {"audio": audio[None].numpy()}))
+    torch.testing.assert_close(own[0], vocoder.mel(audio), rtol=0, atol=2e-3)
+    torch.testing.assert_close(vocoder.decode(noise, own)[0], audio, rtol=0, atol=1e-3)
+    expected = vocoder.log_prob_by_frame(audio, own)
+    torch.testing.assert_close(log_prob, expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ConfigError, match=r"ends in \.onnx"):
+        export_listener(vocoder, tmp_path / "listen.pt2")
 
 
 def test_a_program_of_torch_export(

@@ -216,6 +216,7 @@ class _Slow:
     """An acoustic model that waits for an event before each sentence."""
 
     convention = None
+    refine_steps = None
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -246,6 +247,7 @@ def test_a_full_line_and_a_late_request(vocoder: Vocoder) -> None:
 
 class _Broken:
     convention = None
+    refine_steps = None
 
     def mels(self, text: str, pace: float, seed: int) -> Iterator[torch.Tensor]:
         raise ZeroDivisionError("oh")

@@ -299,6 +299,7 @@ class _TwoTones:
     """An acoustic model of another convention."""
 
     convention = "log10"
+    refine_steps = 1
 
     def mels(self, text: str, pace: float, seed: int) -> list[torch.Tensor]:
         return [torch.full((80, 20), -3.0)]
@@ -306,8 +307,11 @@ class _TwoTones:
 
 def test_another_systems_mels_are_converted(vocoder: Vocoder) -> None:
     audio = load_speaker(_TwoTones(), vocoder)("Hello.")
-    expected = vocoder(torch.full((80, 20), -3.0), convention="log10").numpy()
+    mel = torch.full((80, 20), -3.0)
+    expected = vocoder(mel, convention="log10", refine=1).numpy()
     np.testing.assert_array_equal(audio, expected)
+    refined = load_speaker(_TwoTones(), vocoder)("Hello.", refine=2)
+    np.testing.assert_array_equal(refined, vocoder(mel, convention="log10", refine=2).numpy())
 
 
 # --- other systems' text to mel ---
@@ -394,7 +398,7 @@ def test_a_bundle_of_torchaudio(monkeypatch: pytest.MonkeyPatch, vocoder: Vocode
     pipelines = SimpleNamespace(TACOTRON2_GRIFFINLIM_CHAR_LJSPEECH=bundle)
     monkeypatch.setitem(sys.modules, "torchaudio", SimpleNamespace(pipelines=pipelines))
     speaker = load_speaker(load_acoustic("TACOTRON2_GRIFFINLIM_CHAR_LJSPEECH"), vocoder)
-    expected = vocoder(mel[0], convention="torchaudio-griffinlim").numpy()
+    expected = vocoder(mel[0], convention="torchaudio-griffinlim", refine=0).numpy()
     np.testing.assert_array_equal(speaker("Hello."), expected)
     with pytest.raises(ConfigError, match="no bundle TACOTRON2_X"):
         load_acoustic("TACOTRON2_X")

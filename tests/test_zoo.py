@@ -15,6 +15,7 @@ from waveflow.checkpoint import ModelConfig, save_checkpoint
 from waveflow.engine.decoder import make_decoder
 from waveflow.engine.fast import product
 from waveflow.engine.vocoder import Vocoder
+from waveflow.errors import ConfigError
 from waveflow.models.registry import build_flow
 from waveflow.nn.causal_wavenet import CausalWaveNet
 from waveflow.nn.made import MADE
@@ -56,6 +57,26 @@ def test_a_draw_is_finite_and_follows_the_mel_and_the_seed(vocoder: Vocoder) -> 
     assert torch.equal(audio, vocoder.flow.sample(mel[None], seed=3))
     assert not torch.equal(audio, vocoder.flow.sample(mel[None], seed=4))
     assert not torch.equal(audio, vocoder.flow.sample(mel[None] + 1, seed=3))
+
+
+@torch.no_grad()
+def test_the_likelihood_of_frames_is_that_of_the_whole(vocoder: Vocoder) -> None:
+    """And a frame that is unlike speech has less of it, beside the others."""
+    mel, audio = (
+        random_mel(8),
+        0.1 * torch.randn(8 * HOP, generator=torch.Generator().manual_seed(2)),
+    )
+    if vocoder.is_bound:
+        with pytest.raises(ConfigError, match="no sum over frames"):
+            vocoder.log_prob_by_frame(audio, mel)
+        return
+    frames = vocoder.log_prob_by_frame(audio, mel)
+    assert frames.shape == (1, 8)
+    torch.testing.assert_close(frames.mean(1), vocoder.log_prob(audio, mel), rtol=1e-4, atol=1e-4)
+    loud = audio.clone()
+    loud[5 * HOP : 6 * HOP] *= 30
+    change = vocoder.log_prob_by_frame(loud, mel) - frames
+    assert change[0].argmin() in (4, 5, 6) and change.min() < -1
 
 
 @torch.no_grad()

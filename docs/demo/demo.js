@@ -88,7 +88,8 @@ async function take(data) {
     heat($("heat"), now.logProb);
     const mean = now.logProb.reduce((a, b) => a + b, 0) / now.frames;
     $("likelihood").textContent =
-      `Log-likelihood ${mean.toFixed(2)} nats per sample. The line is red where the model does not believe it.`;
+      `Log-likelihood ${mean.toFixed(2)} nats per sample. The line shows each frame's: bright where it is low. ` +
+      "Loud noise is always less likely than silence.";
     await copy();
     if (isCut) $("status").textContent += ` Only the first ${MOST_SECONDS} seconds were taken.`;
     await mix();
@@ -178,7 +179,7 @@ function heat(canvas, logProb) {
   const low = sorted[Math.floor(0.02 * sorted.length)], high = sorted[Math.floor(0.98 * (sorted.length - 1))];
   logProb.forEach((value, f) => {
     const v = Math.min(1, Math.max(0, (value - low) / (high - low || 1)));
-    pen.fillStyle = `hsl(${Math.round(140 * v)} 80% 45%)`;
+    pen.fillStyle = `hsl(${Math.round(50 - 50 * v)} 95% ${Math.round(75 - 65 * v)}%)`;
     pen.fillRect(f, 0, 1, 1);
   });
 }

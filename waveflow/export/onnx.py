@@ -133,7 +133,8 @@ def export_listener(vocoder: Vocoder, out: Path, weights: Weights = "float32") -
     outputs = (MEL, NOISE, LOG_PROB)
     graph = _graph_of(traced_listener(listener), outputs)
     if weights != "float32":
-        _store_small(graph.graph, weights)
+        # They are no weights, and what leads to the noise is no network that mends their errors.
+        _store_small(graph.graph, weights, exact=("spectrogram.", "transform."))
     session = _session_of(graph)
     with torch.no_grad():
         example = vocoder.example_mel()
@@ -246,8 +247,11 @@ def _draw_inside(graph: Any, card: GraphCard) -> None:
     _put_first(graph, nodes)
 
 
-def _store_small(graph: Any, weights: Weights) -> None:
-    """Stores large tensors in fewer bits, each with a node that makes it float32 again."""
+def _store_small(graph: Any, weights: Weights, exact: Sequence[str] = ()) -> None:
+    """Stores large tensors in fewer bits, each with a node that makes it float32 again.
+
+    Those whose names have a part that is `exact` stay as they are.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     through = _weights_of_noise(graph) if weights == "int8" else {}
@@ -255,9 +259,8 @@ def _store_small(graph: Any, weights: Weights) -> None:
     for tensor in list(graph.initializer):
         name, values = tensor.name, numpy_helper.to_array(tensor)
         stored, scale_name = f"{name}_stored", f"{name}_scale"
-        # Filterbanks, windows and transforms keep a name of their own; they are no weights.
-        is_exact = name.endswith(("projection", "window", "transform.matrix"))
-        if values.dtype != np.float32 or values.size < _FEWEST_HALVED or is_exact:
+        stays = values.size < _FEWEST_HALVED or any(part in name for part in exact)
+        if values.dtype != np.float32 or stays:
             continue
         if name in through and values.size >= _FEWEST_QUANTISED:
             axis = through[name] % values.ndim

@@ -30,9 +30,11 @@ class Espeak:
         ConfigError: the program is not installed.
     """
 
+    convention = None
+    refine_steps = None
+
     def __init__(self, vocoder: Vocoder) -> None:
         self.vocoder = vocoder
-        self.convention = None
         if shutil.which("espeak-ng") is None:
             raise ConfigError("the voice espeak needs the program espeak-ng: install it")
 
@@ -69,6 +71,8 @@ class TransformersModel:
     SpeechT5 is given a speaker of zeros: the middle of the voices that it knows.
     """
 
+    refine_steps = 0  # a mel that a network made is no target to be met
+
     def __init__(self, name: str) -> None:
         try:
             import transformers
@@ -101,6 +105,8 @@ class TransformersModel:
 
 class Tacotron2:
     """The acoustic half of a torchaudio bundle, by the bundle's name."""
+
+    refine_steps = 0
 
     def __init__(self, name: str) -> None:
         try:

@@ -25,6 +25,11 @@ class Acoustic(Protocol):
         """Of its mels; None for the vocoder's own."""
         ...
 
+    @property
+    def refine_steps(self) -> int | None:
+        """How often the vocoder refines their speech, unless it is told; None: its own."""
+        ...
+
     def mels(self, text: str, pace: float, seed: int) -> Iterable[Tensor]:
         """A mel (M, F) for each sentence of a text."""
         ...
@@ -82,6 +87,8 @@ class Speaker:
         if not SLOWEST <= pace <= FASTEST:
             raise ConfigError(f"pace {pace} is out of range: give {SLOWEST} to {FASTEST}")
         options = options.changed(changes | {"convention": self.acoustic.convention or "native"})
+        if options.refine is None:
+            options = options.changed({"refine": self.acoustic.refine_steps})
         [seed] = options.seeds(1)
         pause = np.zeros(0, np.float32)
         for text in texts:

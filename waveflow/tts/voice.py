@@ -22,6 +22,7 @@ class VoiceCard(BaseModel):
     Attributes:
         symbols: what the text encoder knows, in its order.
         noise_scale: standard deviation of z around its prior mean, in synthesis.
+        refine_steps: the vocoder's mel refinement of its mels; None: the vocoder's own.
         data, licence: origin of the weights, in words, and their licence.
         steps: of the optimizer.
         log_likelihood: of validation mels, nats for each value of them.
@@ -33,7 +34,8 @@ class VoiceCard(BaseModel):
     model: GlowTTSConfig
     mel: MelConfig
     symbols: tuple[str, ...] = SYMBOLS
-    noise_scale: float = Field(default=0.5, ge=0, le=10)
+    noise_scale: float = Field(default=0.2, ge=0, le=10)
+    refine_steps: int | None = Field(default=0, ge=0, le=64)
     data: str = ""
     licence: str = ""
     steps: int = 0
@@ -46,12 +48,14 @@ class Voice:
     Attributes:
         card: the voice's config.
         convention: of its mels.
+        refine_steps: as in the card.
     """
 
     def __init__(self, card: VoiceCard, model: GlowTTS) -> None:
         self.card = card
         self.model = model.eval()
         self.convention = card.mel
+        self.refine_steps = card.refine_steps
 
     def mels(self, text: str, pace: float = 1.0, seed: int = 0) -> Iterator[Tensor]:
         """A mel (M, F) for each sentence of a text.
