@@ -269,15 +269,7 @@ def test_a_fault_of_ours_is_said_to_be_one(vocoder: Vocoder) -> None:
 def test_mels_that_wait_together_get_what_they_get_alone(
     speaker: Speaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes: list[int] = []
     hold = threading.Event()
-    whole = worker_module.together
-
-    def recorded(vocoder, batch):
-        sizes.append(len(batch))
-        return whole(vocoder, batch)
-
-    monkeypatch.setattr(worker_module, "together", recorded)
     taken = worker_module.Worker._new_requests
 
     def late(self, wait):
@@ -299,7 +291,8 @@ def test_mels_that_wait_together_get_what_they_get_alone(
         until(lambda: client.get("/health").json()["waiting"] == len(mels))
         hold.set()
         answers = [post.result() for post in posts]
-    assert max(sizes) > 1
+        metrics = client.get("/metrics").text
+    assert "waveflow_batch_size_count 2.0" in metrics and "waveflow_batch_size_sum 5.0" in metrics
     assert answers[3].status_code == 400 and "70 bands" in message(answers[3])
     for i in (0, 1, 2, 4):
         expected = speaker.vocoder(mels[i], seed=i).numpy()

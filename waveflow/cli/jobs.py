@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import typer
 
+from waveflow.cli.ahead import Steps, work_ahead
 from waveflow.cli.console import counting, fault_line, note
 from waveflow.cli.options import check_writable
 from waveflow.errors import AudioError, ConfigError, DataError, MelMismatchError, WaveflowError
@@ -86,10 +87,15 @@ def plan_jobs(
     return Jobs(Path(), target, share, n_all - len(share), left_out, group)
 
 
-def run_jobs(jobs: Jobs, work: Callable[[Path, Path], str]) -> None:
+def run_jobs(
+    jobs: Jobs, work: Callable[[Path, Path], str], steps: Steps[Any, Any] | None = None
+) -> None:
     """Calls `work(input, output)` for each pair; it returns the output's size in words.
 
     In a folder it goes on after a file that fails for any reason, and reports at the end.
+
+    Args:
+        steps: how a folder is made by batches instead.
 
     Raises:
         WaveflowError: the one file cannot be used.
@@ -101,17 +107,14 @@ def run_jobs(jobs: Jobs, work: Callable[[Path, Path], str]) -> None:
         return
     bad: list[str] = []
     faults: list[str] = []
+    made = _one_by_one(jobs, work) if steps is None else work_ahead(jobs.names, jobs.out, steps)
     with counting("files", jobs.group) as progress:
-        for done, (name, end) in enumerate(jobs.names.items(), start=1):
-            target = jobs.out / end
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                work(Path(name), target)
-            except WaveflowError as error:
+        for done, (name, error) in enumerate(made, start=1):
+            if isinstance(error, WaveflowError):
                 bad.append(str(error))
-            except OSError as error:
+            elif isinstance(error, OSError):
                 bad.append(f"{name}: {error.strerror or error}")
-            except Exception as error:
+            elif error is not None:
                 faults.append(f"{name}: {fault_line(error)}")
             progress(done, len(jobs.names))
     n_written = len(jobs.names) - len(bad) - len(faults)
@@ -120,6 +123,20 @@ def run_jobs(jobs: Jobs, work: Callable[[Path, Path], str]) -> None:
         return
     if status := _report(jobs, shares):
         raise typer.Exit(status)
+
+
+def _one_by_one(
+    jobs: Jobs, work: Callable[[Path, Path], str]
+) -> Iterator[tuple[str, Exception | None]]:
+    for name, end in (jobs.names or {}).items():
+        target = jobs.out / end
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            work(Path(name), target)
+        except Exception as error:
+            yield name, error
+        else:
+            yield name, None
 
 
 def _report(jobs: Jobs, shares: Sequence[tuple[int, int, list[str], list[str]]]) -> int:
@@ -161,7 +178,13 @@ def errors_of(source: Path | str) -> Iterator[None]:
     try:
         yield
     except (AudioError, MelMismatchError) as error:
-        raise type(error)(f"{source}: {error}") from error
+        raise about(source, error) from error
+
+
+def about(source: Path | str, error: WaveflowError) -> WaveflowError:
+    """The error, with the source's name before it if it is about its content."""
+    is_content = isinstance(error, AudioError | MelMismatchError)
+    return type(error)(f"{source}: {error}") if is_content else error
 
 
 def note_about(source: Path | str, notes: Sequence[str]) -> None:

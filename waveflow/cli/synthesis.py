@@ -2,18 +2,27 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from waveflow.cli import options
+from waveflow.cli.ahead import Steps
 from waveflow.cli.console import closed
-from waveflow.cli.jobs import errors_of, note_about, note_written, plan_jobs, run_jobs, seconds
-from waveflow.errors import ConfigError, MelMismatchError
+from waveflow.cli.jobs import (
+    about,
+    errors_of,
+    note_about,
+    note_written,
+    plan_jobs,
+    run_jobs,
+    seconds,
+)
+from waveflow.errors import ConfigError, MelMismatchError, WaveflowError
 from waveflow.processes import check_alone
 
 if TYPE_CHECKING:
@@ -70,11 +79,33 @@ class Speaking(options.Sampling, options.Loading):
 
         with errors_of(source):
             speech = vocoder.synthesise(mel, self.options())
-            audio = speech.audio[:n_samples]
-            if self.denoise is not None:
-                audio = cast("Vocoder", vocoder).denoise(audio, self.denoise)
         note_about(source, speech.notes)
-        return as_array(audio)
+        return as_array(self.denoised(vocoder, speech.audio[:n_samples]))
+
+    def speak_all(
+        self, vocoder: "Vocoder", sources: Sequence[Path], mels: "Sequence[np.ndarray]"
+    ) -> "list[np.ndarray | Exception]":
+        """Returns each mel's speech, or the error about it; those of one length together."""
+        from waveflow.engine.checks import as_array
+        from waveflow.engine.together import batches, speak_together
+
+        made: dict[int, np.ndarray | Exception] = {}
+        for batch in batches([max(mel.shape) for mel in mels], vocoder.device.type):
+            wanted = [self.options()] * len(batch)
+            found = speak_together(vocoder, [mels[i] for i in batch], wanted)
+            for i, speech in zip(batch, found, strict=True):
+                if isinstance(speech, WaveflowError):
+                    made[i] = about(sources[i], speech)
+                else:
+                    note_about(sources[i], speech.notes)
+                    made[i] = as_array(self.denoised(vocoder, speech.audio))
+        return [made[i] for i in range(len(mels))]
+
+    def denoised(self, vocoder: "Vocoder | OnnxVocoder", audio: Any) -> Any:
+        """The audio without the model's hum, if that is wanted."""
+        if self.denoise is None:
+            return audio
+        return cast("Vocoder", vocoder).denoise(audio, self.denoise)
 
 
 @dataclass(frozen=True)
@@ -175,7 +206,14 @@ def vocode(
         write_audio(target, audio, vocoder.sample_rate, speaking.float32)
         return seconds(len(audio), vocoder.sample_rate)
 
-    run_jobs(jobs, work)
+    def make(paths: Sequence[Path], mels: Sequence["np.ndarray"]) -> "list[np.ndarray | Exception]":
+        return speaking.speak_all(cast("Vocoder", vocoder), paths, mels)
+
+    def write(target: Path, audio: "np.ndarray") -> None:
+        write_audio(target, audio, vocoder.sample_rate, speaking.float32)
+
+    is_graph = speaking.backend == options.BackendName.onnx
+    run_jobs(jobs, work, None if is_graph else Steps(read_mel, make, write))
 
 
 def _stream(source: Path, out: Path, speaking: Vocoding) -> None:

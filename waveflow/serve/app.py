@@ -31,7 +31,16 @@ from waveflow.engine.options import SynthesisOptions
 from waveflow.engine.streaming import WINDOW_FRAMES
 from waveflow.errors import AudioError, MelMismatchError, WaveflowError, fault
 from waveflow.model_files import first_problem
-from waveflow.serve.worker import Busy, Gone, MelRequest, Pieces, Request, TooLate, Worker
+from waveflow.serve.worker import (
+    Busy,
+    Gone,
+    MelRequest,
+    Pieces,
+    PiecesRequest,
+    Request,
+    TooLate,
+    Worker,
+)
 from waveflow.tts.speaker import FASTEST, SLOWEST, Speaker
 
 PAGE = Path(__file__).parent / "page.html"
@@ -43,11 +52,6 @@ TEXT_BODY_BYTES = 2**14
 CLIENT_LEFT = 499
 # Seconds in which a body must have arrived.
 BODY_SECONDS = 30
-# On a CPU eight mels of half a second to one are decoded together in half the time of one after
-# another; of two seconds nothing is gained, and of four they take longer (benchmarks/together.py).
-FRAMES_TOGETHER_ON_CPU = 100
-MOST_TOGETHER = 8
-
 Format = Literal["wav", "flac", "mp3", "pcm"]
 _MEDIA = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg"}
 
@@ -95,7 +99,7 @@ class Metrics:
         )
         self.audio = Counter("waveflow_audio_seconds", "Speech made.", registry=at)
         self.batches = Histogram(
-            "waveflow_batch_size", "Mels decoded together.", buckets=range(1, MOST_TOGETHER + 1),
+            "waveflow_batch_size", "Mels decoded together.", buckets=(1, 2, 4, 8, 16, 32),
             registry=at,
         )  # fmt: skip
         Gauge("waveflow_waiting", "Requests not done.", registry=at).set_function(waiting)
@@ -114,9 +118,7 @@ class Service:
         self.vocoder = speaker.vocoder
         self.limits = limits
         self.metrics = Metrics(lambda: self.worker.n_open)
-        self.worker = Worker(
-            self.vocoder, limits.waiting, MOST_TOGETHER, self.metrics.batches.observe
-        )
+        self.worker = Worker(self.vocoder, limits.waiting, self.metrics.batches.observe)
 
     async def audio(self, http: HttpRequest, request: Request) -> AsyncIterator[np.ndarray]:
         """Puts a request into the line and gives its audio, unless the client leaves."""
@@ -162,13 +164,9 @@ class Service:
                 yield piece.cpu().numpy()
 
         is_plain = options.convention in (None, NATIVE) and options.time_major is False
-        on_cpu = self.vocoder.device.type == "cpu"
-        most = FRAMES_TOGETHER_ON_CPU if on_cpu else WINDOW_FRAMES
-        fits = mel.shape[0] == self.vocoder.mel_config.n_mels and mel.shape[1] <= most
-        if is_plain and fits and not is_streamed:
-            batched = MelRequest(pieces, self._deadline(), mel=mel, options=options)
-            return self.audio(http, batched)
-        return self.audio(http, Request(pieces, self._deadline()))
+        if is_plain and not is_streamed and mel.shape[1] <= WINDOW_FRAMES:
+            return self.audio(http, MelRequest(self._deadline(), mel=mel, options=options))
+        return self.audio(http, PiecesRequest(self._deadline(), pieces=pieces))
 
     def copy_audio(
         self, http: HttpRequest, body: bytes, asked: "SamplingQuery"
@@ -185,7 +183,7 @@ class Service:
                 yield piece[:left].cpu().numpy()
                 left -= len(piece)
 
-        return self.audio(http, Request(pieces, self._deadline()))
+        return self.audio(http, PiecesRequest(self._deadline(), pieces=pieces))
 
     def _deadline(self) -> float:
         return time.monotonic() + self.limits.seconds
@@ -216,7 +214,7 @@ class Service:
         def pieces() -> Pieces:
             return self.speaker.stream([body.input], options, body.speed)
 
-        return self.audio(http, Request(pieces, self._deadline()))
+        return self.audio(http, PiecesRequest(self._deadline(), pieces=pieces))
 
     async def answer(
         self, audio: AsyncIterator[np.ndarray], format: Format, pcm_rate: int | None = None

@@ -2,7 +2,7 @@
 
 A model uses all threads of the machine, so two syntheses at once would only slow each other down.
 Requests take turns, a piece of audio each: a short one does not wait for the end of a long one.
-Short mels that wait together are decoded together.
+Mels that wait together are spoken together where that pays (engine/together.py).
 """
 
 import asyncio
@@ -10,13 +10,13 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from waveflow.engine.options import SynthesisOptions
+from waveflow.engine.together import batches, speak_together
 from waveflow.engine.vocoder import Vocoder
 
 Pieces = Iterator[np.ndarray]
@@ -39,11 +39,9 @@ class Request:
     """A request to the worker, and the audio that comes of it.
 
     Attributes:
-        pieces: makes the audio, in the worker's thread.
         deadline: by time.monotonic().
     """
 
-    pieces: Callable[[], Pieces]
     deadline: float
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     answers: "asyncio.Queue[np.ndarray | Exception | None]" = field(default_factory=asyncio.Queue)
@@ -81,8 +79,15 @@ class Request:
 
 
 @dataclass(eq=False, kw_only=True)
+class PiecesRequest(Request):
+    """A request for audio that `pieces` makes, in the worker's thread, a piece at each turn."""
+
+    pieces: Callable[[], Pieces]
+
+
+@dataclass(eq=False, kw_only=True)
 class MelRequest(Request):
-    """A request for the speech of a mel (M, F) that may be decoded together with others."""
+    """A request for the speech of a mel (M, F) that may be spoken together with others."""
 
     mel: np.ndarray
     options: SynthesisOptions
@@ -91,10 +96,10 @@ class MelRequest(Request):
     def n_frames(self) -> int:
         return self.mel.shape[1]
 
-    def goes_with(self, other: "MelRequest") -> bool:
-        """Whether both can be of one batch: of the same options, and of about one length."""
+    def is_like(self, other: "MelRequest") -> bool:
+        """Whether the two differ in seed and length only."""
         same = self.options.changed({"seed": 0}) == other.options.changed({"seed": 0})
-        return same and 0.8 <= self.n_frames / other.n_frames <= 1.25
+        return same and len(self.mel) == len(other.mel)
 
 
 class Worker:
@@ -103,7 +108,6 @@ class Worker:
     Args:
         vocoder: decodes batches of mels.
         most_waiting: requests that may wait or take turns.
-        most_together: mels decoded in one batch.
         on_batch: called with the size of each batch.
     """
 
@@ -111,12 +115,10 @@ class Worker:
         self,
         vocoder: Vocoder,
         most_waiting: int,
-        most_together: int,
         on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
         self.vocoder = vocoder
         self.most_waiting = most_waiting
-        self.most_together = most_together
         self.on_batch = on_batch
         self.n_open = 0
         self._arrived: queue.Queue[Request | None] = queue.Queue()
@@ -151,10 +153,10 @@ class Worker:
             for request in arrived:
                 if isinstance(request, MelRequest):
                     mels.append(request)
-                elif request is not None:
+                elif isinstance(request, PiecesRequest):
                     turns.append((request, request.pieces()))
             if mels:
-                batch = [mel for mel in mels if mel.goes_with(mels[0])][: self.most_together]
+                batch = self._next_batch(mels)
                 mels = [mel for mel in mels if mel not in batch]
                 self._speak_together(batch)
             if turns:
@@ -168,23 +170,30 @@ class Worker:
             found.append(self._arrived.get_nowait())
         return found
 
+    def _next_batch(self, mels: list[MelRequest]) -> list[MelRequest]:
+        """The oldest mel, and those that wait with it."""
+        alike = [mel for mel in mels if mel.is_like(mels[0])]
+        for batch in batches([mel.n_frames for mel in alike], self.vocoder.device.type):
+            if 0 in batch:
+                return [alike[i] for i in batch]
+        raise AssertionError
+
     def _speak_together(self, batch: list[MelRequest]) -> None:
         batch = [request for request in batch if not self._is_over(request)]
-        audios: list[np.ndarray] = []
-        if len(batch) > 1:
-            with suppress(Exception):  # of one of them: alone, each gets its own answer
-                audios = together(self.vocoder, batch)
-        if audios:
-            self.on_batch(len(batch))
-            for request, audio in zip(batch, audios, strict=True):
-                request.answer(audio)
-                self._end(request, None)
+        if not batch:
             return
-        for request in batch:
-            pieces = request.pieces()
-            while self._next_piece(request, pieces):
-                pass
-            self.on_batch(1)
+        self.on_batch(len(batch))
+        try:
+            mels, options = [r.mel for r in batch], [r.options for r in batch]
+            found: list = speak_together(self.vocoder, mels, options)
+        except Exception as error:  # a fault of ours
+            found = [error] * len(batch)
+        for request, speech in zip(batch, found, strict=True):
+            if isinstance(speech, Exception):
+                self._end(request, speech)
+            else:
+                request.answer(speech.audio.cpu().numpy())
+                self._end(request, None)
 
     def _next_piece(self, request: Request, pieces: Pieces) -> bool:
         """Hands over the next piece; returns whether there may be more."""
@@ -210,15 +219,3 @@ class Worker:
         with self._lock:
             self.n_open -= 1
         request.answer(error)
-
-
-def together(vocoder: Vocoder, batch: Sequence[MelRequest]) -> list[np.ndarray]:
-    """Audio of each mel of a batch: what it gives alone."""
-    lengths = [request.n_frames for request in batch]
-    mels = np.zeros((len(batch), batch[0].mel.shape[0], max(lengths)), np.float32)
-    for row, request, length in zip(mels, batch, lengths, strict=True):
-        row[:, :length] = request.mel
-    options = batch[0].options.changed({"seed": [request.options.seed for request in batch]})
-    speech = vocoder.synthesise(mels, options, lengths)
-    ends = (n * vocoder.hop_length for n in lengths)
-    return [audio[:end].numpy() for audio, end in zip(speech.audio.cpu(), ends, strict=True)]
