@@ -20,6 +20,8 @@ import ray.data
 
 import waveflow
 from waveflow.audio.io import MEL_SUFFIXES, find_files, read_mel, write_audio
+from waveflow.engine.options import Speech, SynthesisOptions
+from waveflow.engine.together import batches, speak_together
 from waveflow.errors import WaveflowError
 
 
@@ -42,20 +44,38 @@ class Speaker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """{"name"} to {"name", "seconds", "fault"}."""
-        made = [self._make(str(name)) for name in batch["name"]]
-        seconds, faults = zip(*made, strict=True)
+        names = [str(name) for name in batch["name"]]
+        done: dict[str, tuple[float, str]] = {}
+        mels: dict[str, np.ndarray] = {}
+        for name in names:
+            done[name] = 0.0, ""
+            if not self._target(name).exists():
+                try:
+                    mels[name] = read_mel(self.mels / name)
+                except (WaveflowError, OSError) as error:  # the others go on
+                    done[name] = 0.0, str(error)
+        waiting = list(mels)
+        frames = [max(mels[name].shape) for name in waiting]
+        for numbers in batches(frames, self.vocoder.device.type):
+            group = [waiting[i] for i in numbers]
+            wanted = [SynthesisOptions(convention=self.convention)] * len(group)
+            spoken = speak_together(self.vocoder, [mels[name] for name in group], wanted)
+            for name, speech in zip(group, spoken, strict=True):
+                done[name] = self._written(name, speech)
+        seconds, faults = zip(*(done[name] for name in names), strict=True)
         return {"name": batch["name"], "seconds": np.array(seconds), "fault": np.array(faults)}
 
-    def _make(self, name: str) -> tuple[float, str]:
-        target = (self.wavs / name).with_suffix(".wav")
-        if target.exists():
-            return 0.0, ""
+    def _target(self, name: str) -> Path:
+        return (self.wavs / name).with_suffix(".wav")
+
+    def _written(self, name: str, speech: Speech | WaveflowError) -> tuple[float, str]:
+        if isinstance(speech, WaveflowError):
+            return 0.0, str(speech)
+        target, audio = self._target(name), speech.audio.cpu().numpy()
         try:
-            mel = read_mel(self.mels / name)
-            audio = self.vocoder(mel, convention=self.convention).cpu().numpy()
             target.parent.mkdir(parents=True, exist_ok=True)
             write_audio(target, audio, self.vocoder.sample_rate)
-        except (WaveflowError, OSError) as error:  # the others go on
+        except (WaveflowError, OSError) as error:
             return 0.0, str(error)
         return len(audio) / self.vocoder.sample_rate, ""
 
