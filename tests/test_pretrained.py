@@ -8,11 +8,17 @@ import torch
 
 import waveflow
 from waveflow.audio.dequantise import dequantise
+from waveflow.audio.f0 import track_f0
 from waveflow.engine.vocoder import Vocoder
 from waveflow.metrics.voicing import voicing
-from waveflow.pretrained import DEFAULT_MODEL, model_folder
+from waveflow.pretrained import DEFAULT_MODEL, list_voices, model_folder, voice_folder
+from waveflow.tts.speaker import Speaker
+from waveflow.tts.text import numbers, read_sentences
+from waveflow.tts.voice import Voice, load_voice
 
 FIXTURES = Path(__file__).parent / "fixtures"
+# Of the mel that comes with the model.
+EXAMPLE_TEXT = "He had no excuse for the feelings which were aroused in him."
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +82,51 @@ def test_likelihood_tells_speech_from_its_copy_under_another_mel(
     right = vocoder.log_prob(audio, mel).item()
     wrong = vocoder.log_prob(audio, mel.roll(20, 1)).item()
     assert right > 2 and wrong < right - 1
+
+
+# --- the voice ---
+
+
+@pytest.fixture(scope="module")
+def voice() -> Voice:
+    return load_voice()
+
+
+def test_the_voice_is_small_and_says_where_it_comes_from(voice: Voice) -> None:
+    folder = voice_folder()
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 12e6
+    assert (folder / "README.md").is_file() and "kathleen" in list_voices()
+    assert voice.card.licence == "CC0-1.0" and voice.card.data == "kathleen"
+    assert voice.card.log_likelihood is not None
+
+
+def test_a_mel_is_likelier_under_its_own_text(voice: Voice, vocoder: Vocoder) -> None:
+    """The mel that ships with the vocoder is a clip that the voice was not trained on."""
+    mel = vocoder.example_mel()
+    assert mel is not None
+    mel = mel[None, :, : mel.shape[1] // 2 * 2]
+
+    def log_likelihood(text: str) -> float:
+        [symbols] = read_sentences(text)
+        numbered = torch.tensor([numbers(symbols)])
+        sizes = torch.tensor([numbered.shape[1]]), mel, torch.tensor([mel.shape[2]])
+        with torch.no_grad():
+            return float(voice.model(numbered, *sizes).log_likelihood)
+
+    own = log_likelihood(EXAMPLE_TEXT)
+    for other in (
+        "The quick brown fox jumps over the lazy dog.",
+        "She sells sea shells by the shore of the sea.",
+    ):
+        assert own > log_likelihood(other) + 0.03  # 700 nats in all
+
+
+def test_the_voice_speaks(voice: Voice, vocoder: Vocoder) -> None:
+    speaker = Speaker(voice, vocoder)
+    audio = speaker("Good morning. It is half past nine.")
+    seconds = len(audio) / speaker.sample_rate
+    assert 1.5 < seconds < 5 and 0.05 < np.abs(audio).max() <= 1
+    f0 = track_f0(audio, speaker.sample_rate, 256)
+    voiced = f0[f0 > 0]
+    assert 0.2 < len(voiced) / len(f0) < 0.95
+    assert 150 < np.median(voiced) < 300  # a woman's voice

@@ -235,6 +235,14 @@ def changed_config(folder: Path, to: Path, **changes: object) -> Path:
     return to
 
 
+def test_what_it_speaks_is_what_its_model_speaks(tiny_voice: Path) -> None:
+    voice = load_voice(tiny_voice)
+    [mel] = voice.mels("Hello world.", seed=3)
+    [symbols] = read_sentences("Hello world.")
+    expected = voice.model.speak(torch.tensor(numbers(symbols)), voice.card.noise_scale, 1.0, 3)
+    torch.testing.assert_close(mel, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_no_voice_is_one_line(tiny_voice: Path, tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(CheckpointError, match="no voice 'nobody'"):
         load_voice("nobody")

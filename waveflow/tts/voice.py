@@ -9,6 +9,7 @@ from torch import Tensor
 
 from waveflow.audio.mel_config import MelConfig
 from waveflow.checkpoint import budget_of, load_weights, parse_tensors, save_checkpoint
+from waveflow.engine.fast.packed import DecodingKit
 from waveflow.errors import CheckpointError
 from waveflow.model_files import CONFIG, FORMAT, WEIGHTS, first_problem, read_files
 from waveflow.pretrained import voice_folder
@@ -47,6 +48,7 @@ class Voice:
 
     Attributes:
         card: the voice's config.
+        model: the network, whose weights stay as they are.
         convention: of its mels.
         refine_steps: as in the card.
     """
@@ -54,6 +56,8 @@ class Voice:
     def __init__(self, card: VoiceCard, model: GlowTTS) -> None:
         self.card = card
         self.model = model.eval()
+        kit = DecodingKit()
+        self._fast = kit.replaced(model, flow=kit.convert(model.flow))
         self.convention = card.mel
         self.refine_steps = card.refine_steps
 
@@ -64,9 +68,8 @@ class Voice:
             ConfigError: as `read_sentences`.
         """
         for symbols in read_sentences(text):
-            yield self.model.speak(
-                torch.tensor(numbers(symbols)), self.card.noise_scale, pace, seed
-            )
+            numbered = torch.tensor(numbers(symbols))
+            yield self._fast.speak(numbered, self.card.noise_scale, pace, seed)
 
 
 def save_voice(folder: Path, card: VoiceCard, model: GlowTTS) -> None:
