@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -57,7 +58,8 @@ class Voice:
         self.card = card
         self.model = model.eval()
         kit = DecodingKit()
-        self._fast = kit.replaced(model, flow=kit.convert(model.flow))
+        fast: Any = kit.replaced(model, flow=kit.convert(model.flow))
+        self._fast: GlowTTS = fast
         self.convention = card.mel
         self.refine_steps = card.refine_steps
 
