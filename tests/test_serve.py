@@ -438,3 +438,18 @@ def test_the_page_speaks(browser, server: tuple[subprocess.Popen, str], tmp_path
     page.click("#speak")
     expect(status).to_contain_text("no word")
     page.close()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+def test_the_pages_curl_lines_run(server: tuple[subprocess.Popen, str], tmp_path: Path) -> None:
+    page = Path(__file__).parent.parent / "docs" / "serve.md"
+    lines = [line.strip() for line in page.read_text().splitlines() if line.startswith("    curl ")]
+    assert len(lines) == 3
+    np.save(tmp_path / "mel.npy", some_mel(100))
+    soundfile.write(tmp_path / "in.wav", make_voice(0.5), 22050)
+    for line in lines:
+        command = line.replace("localhost:8000", server[1].removeprefix("http://"))
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0
+        out = tmp_path / line.split()[-1]
+        assert len(wav(out.read_bytes())) > 256
