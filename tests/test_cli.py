@@ -1098,7 +1098,7 @@ def test_an_interrupted_folder_job_leaves_nothing_half_written(
     result = run("vocode", mels, "-o", tmp_path / "wavs", "--model", tiny_model)
     assert_one_line(result, "interrupted", status=130)
     made = sorted(path.name for path in (tmp_path / "wavs").iterdir())
-    assert len(made) == 2 and set(made) < {"clip0.wav", "clip1.wav", "clip2.wav"}
+    assert 1 <= len(made) <= 2 and set(made) < {"clip0.wav", "clip1.wav", "clip2.wav"}
     for name in made:
         assert soundfile.info(tmp_path / "wavs" / name).frames > 0
 

@@ -383,11 +383,13 @@ def test_ctrl_c_ends_the_wait_for_a_dead_process_and_a_rerun_continues(
     assert outcome.status == 130 and ours(outcome.err) == ["waveflow: interrupted"]
     assert "clip3.wav" not in names(out)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("clip*.wav")}
-    assert len(before) == 4
+    # The killed process may have been writing clip1, too.
+    assert {"clip0.wav", "clip2.wav", "clip4.wav"} <= set(before)
 
     capsys.readouterr()
     assert main([*map(str, args)]) == 0
-    assert f"1 written to {out}, 4 kept" in capsys.readouterr().err
+    n = len(before)
+    assert f"{5 - n} written to {out}, {n} kept" in capsys.readouterr().err
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("clip*.wav")}
     assert len(after) == 5 and before.items() <= after.items()
 

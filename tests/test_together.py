@@ -1,6 +1,6 @@
 """Folders by batches: the same audio, each file once, errors by name, bounded reading ahead."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,41 @@ def test_one_that_is_wrong_does_not_hurt_the_others(vocoder: Vocoder) -> None:
     assert all(isinstance(other, MelMismatchError) for other in others)
 
 
+def test_only_mels_of_the_models_own_convention_go_together(
+    vocoder: Vocoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are told, turned or converted one by one: a batch would be judged as a whole."""
+    sizes = []
+    whole = Vocoder.synthesise
+
+    def counted(self, mel, options, lengths=None):
+        sizes.append(np.shape(mel))
+        return whole(self, mel, options, lengths)
+
+    monkeypatch.setattr(Vocoder, "synthesise", counted)
+    turned = [np.ascontiguousarray(some_mel(90, i).T) for i in range(2)]
+    for speech in speak_together(vocoder, turned, [SynthesisOptions(time_major=True)] * 2):
+        assert not isinstance(speech, Exception) and len(speech.audio) == 90 * 256
+    scaled = [some_mel(90, i) / np.float32(np.log(10)) for i in range(2)]
+    speak_together(vocoder, scaled, [SynthesisOptions(convention="log10")] * 2)
+    assert sizes == [(90, 80)] * 2 + [(80, 90)] * 2
+
+
+def test_a_batch_that_is_too_large_is_spoken_one_by_one(
+    vocoder: Vocoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Vocoder.synthesise
+
+    def short_of_memory(self, mel, options, lengths=None):
+        if np.ndim(mel) == 3:
+            raise RuntimeError("out of memory")
+        return whole(self, mel, options, lengths)
+
+    monkeypatch.setattr(Vocoder, "synthesise", short_of_memory)
+    for speech in speak_together(vocoder, [some_mel(40)] * 2, [SynthesisOptions()] * 2):
+        assert not isinstance(speech, Exception) and len(speech.audio) == 40 * 256
+
+
 def test_a_folder_of_short_mels(tiny_model: Path, tmp_path: Path, capfd) -> None:
     vocoder = waveflow.load(tiny_model)
     folder = tmp_path / "mels"
@@ -91,10 +126,10 @@ def test_reading_ahead_stays_in_bounds(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / f"{i}").write_bytes(bytes(size))
     seen: list[int] = []
 
-    def make(paths: Sequence[Path], read: Sequence[int]) -> list[int]:
+    def make(paths: Sequence[Path], read: Sequence[int]) -> Iterator[tuple[int, int]]:
         seen.append(len(paths))
         assert len(paths) <= 4 and (sum(read) <= 100 or len(paths) == 1)
-        return list(read)
+        return enumerate(read)
 
     steps = Steps(lambda path: path.stat().st_size, make, lambda target, size: None)
     names = {str(tmp_path / f"{i}"): f"{i}" for i in range(len(sizes))}

@@ -1,6 +1,7 @@
 """Recipes, and whole runs of the Trainer on a made-up voice and a tiny model."""
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import math
@@ -628,7 +629,7 @@ def test_a_run_folder_reproduces_the_run(cache: TrainingCache, tmp_path: Path) -
     first.run()
     record = json.loads((tmp_path / "first" / RUN_RECORD).read_text())
     assert record["command"] == sys.argv
-    assert record["packages"]["torch"] == torch.__version__
+    assert record["packages"]["torch"] == importlib.metadata.version("torch")
     assert record["data"]["description"] == "made up"
     assert record["data"]["manifest"] == cache.manifest.model_dump(mode="json")
     assert len(record["data"]["manifest"]["sha256"]["audio.npy"]) == 64

@@ -33,13 +33,17 @@ def add_runtime(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         command = ["npm", "pack", RUNTIME, "--silent"]
-        name = subprocess.run(command, cwd=work, check=True, capture_output=True, text=True).stdout
+        name = subprocess.run(
+            command, cwd=work, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
         with tarfile.open(Path(work) / name.split()[-1]) as archive:
             for file in (*RUNTIME_FILES, "LICENSE"):
                 inner = file if file == "LICENSE" else f"dist/{file}"
                 try:
                     data = archive.extractfile(f"package/{inner}")
-                except KeyError:  # a licence that stands in package.json alone
+                except KeyError:
+                    if file != "LICENSE":  # which may stand in package.json alone
+                        raise
                     continue
                 assert data is not None
                 (folder / file).write_bytes(data.read())

@@ -80,7 +80,7 @@ async function decode(data) {
 
 async function take(data) {
   await work(async () => {
-    const { samples, isCut } = await decode(data);
+    const { samples, isCut } = await decode(await data);
     now = await listen(samples);
     $("results").hidden = $("mixing").hidden = false;
     play("recording", now.samples);
@@ -209,7 +209,8 @@ function fft(re, im) {
 let recorder = null;
 
 async function record() {
-  if (recorder) return recorder.stop();
+  if (recorder) return recorder.stop?.();
+  recorder = {}; // until the microphone is there
   const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
   const chunks = [];
   recorder = new MediaRecorder(stream);
@@ -230,11 +231,12 @@ $("file").addEventListener("change", async () => {
   if (file) await take(await file.arrayBuffer());
 });
 $("record").addEventListener("click", () => {
-  record().catch(() => { $("status").textContent = "The microphone cannot be used here."; });
+  record().catch(() => {
+    recorder = null;
+    $("status").textContent = "The microphone cannot be used here.";
+  });
 });
-$("example").addEventListener("click", async () => {
-  await take(await (await fetch("models/example.wav")).arrayBuffer());
-});
+$("example").addEventListener("click", () => take(fetch("models/example.wav").then((r) => r.arrayBuffer())));
 $("sigma").addEventListener("input", () => { $("sigma-value").textContent = $("sigma").value; });
 for (const id of ["sigma", "seed"]) $(id).addEventListener("change", () => work(copy));
 $("keep").addEventListener("click", () => {
@@ -248,13 +250,18 @@ for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
   $("drop").addEventListener(name, async (event) => {
     event.preventDefault();
     $("drop").classList.toggle("over", name === "dragenter" || name === "dragover");
-    const [file] = name === "drop" ? event.dataTransfer.files : [];
+    const [file] = name === "drop" && speaker ? event.dataTransfer.files : [];
     if (file) await take(await file.arrayBuffer());
   });
 }
 
+const givers = ["file", "record", "example"];
+for (const id of givers) $(id).disabled = true;
 load().then(
-  () => { $("status").textContent = "Ready."; },
+  () => {
+    for (const id of givers) $(id).disabled = false;
+    $("status").textContent = "Ready.";
+  },
   (error) => { $("status").textContent = `The model cannot be loaded: ${error.message}`; },
 );
 window.waveflow = { listen, speak };

@@ -18,4 +18,4 @@ if [ -e "$out/run.json" ]; then again=(--resume); fi
 srun torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
   --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" \
-  -m waveflow train "$recipe" --data "$data" --out "$out" --device "${DEVICE:-cuda}" "${again[@]}"
+  -m waveflow train "$recipe" --data "$data" --out "$out" --device "${DEVICE:-cuda}" ${again[@]+"${again[@]}"}

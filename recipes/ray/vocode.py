@@ -23,6 +23,7 @@ from waveflow.audio.io import MEL_SUFFIXES, find_files, read_mel, write_audio
 from waveflow.engine.options import Speech, SynthesisOptions
 from waveflow.engine.together import batches, speak_together
 from waveflow.errors import WaveflowError
+from waveflow.pretrained import model_folder
 
 
 class Speaker:
@@ -52,10 +53,10 @@ class Speaker:
             if not self._target(name).exists():
                 try:
                     mels[name] = read_mel(self.mels / name)
-                except (WaveflowError, OSError) as error:  # the others go on
+                except Exception as error:  # the others go on
                     done[name] = 0.0, str(error)
         waiting = list(mels)
-        frames = [max(mels[name].shape) for name in waiting]
+        frames = [mels[name].shape[1] for name in waiting]
         for numbers in batches(frames, self.vocoder.device.type):
             group = [waiting[i] for i in numbers]
             wanted = [SynthesisOptions(convention=self.convention)] * len(group)
@@ -68,8 +69,8 @@ class Speaker:
     def _target(self, name: str) -> Path:
         return (self.wavs / name).with_suffix(".wav")
 
-    def _written(self, name: str, speech: Speech | WaveflowError) -> tuple[float, str]:
-        if isinstance(speech, WaveflowError):
+    def _written(self, name: str, speech: Speech | Exception) -> tuple[float, str]:
+        if isinstance(speech, Exception):
             return 0.0, str(speech)
         target, audio = self._target(name), speech.audio.cpu().numpy()
         try:
@@ -92,7 +93,13 @@ def main() -> int:
     parser.add_argument("--cpus", type=float, default=1, help="of an actor")
     parser.add_argument("--gpus", type=float, default=0, help="of an actor; 1 puts it on a GPU")
     args = parser.parse_args()
-    names, left_out = find_files(args.mels, MEL_SUFFIXES)
+    try:
+        names, left_out = find_files(args.mels, MEL_SUFFIXES)
+        model_folder(args.model)
+    except WaveflowError as error:
+        sys.exit(f"vocode.py: {error}")
+    if len({Path(name).with_suffix("") for name in names}) < len(names):
+        sys.exit("vocode.py: two mels differ in their suffix only, and would become one recording")
     for why in left_out:
         print(f"left out: {why}", file=sys.stderr)
     settings = {

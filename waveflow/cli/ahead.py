@@ -1,7 +1,9 @@
 """Many files by batches: the next are read, and the last are written, beside the computation."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -18,12 +20,13 @@ class Steps(NamedTuple, Generic[Read, Made]):
 
     Attributes:
         read: a file; in a thread of its own.
-        make: the results, or errors, of what was read of some files.
+        make: gives the number and the result, or the error, of each of some files that were read,
+            in any order.
         write: a result to a file; in a thread of its own.
     """
 
     read: Callable[[Path], Read]
-    make: Callable[[Sequence[Path], Sequence[Read]], Sequence[Made | Exception]]
+    make: Callable[[Sequence[Path], Sequence[Read]], Iterable[tuple[int, Made | Exception]]]
     write: Callable[[Path, Made], object]
 
 
@@ -38,32 +41,39 @@ def work_ahead(
     Returns:
         Each input that is done, with the error that kept it from being made.
     """
-    with ThreadPoolExecutor(_THREADS) as files:
+    files = ThreadPoolExecutor(_THREADS)
+    try:
         windows = _windows(iter(names))
         reading = _reading(files, next(windows, []), steps)
         writing: dict[str, Future[object]] = {}
         while reading:
             upcoming = _reading(files, next(windows, []), steps)
             errors = {name: _error_of(read) for name, read in reading.items()}
-            ready = [name for name, error in errors.items() if error is None]
-            made = steps.make([Path(n) for n in ready], [reading[n].result() for n in ready])
-            yield from _done(writing)
-            writing = {}
-            for name, result in zip(ready, made, strict=True):
-                if isinstance(result, Exception):
-                    errors[name] = result
-                else:
-                    writing[name] = files.submit(_written, out / names[name], result, steps)
             yield from ((name, error) for name, error in errors.items() if error is not None)
+            ready = [name for name, error in errors.items() if error is None]
+            values = [reading[name].result() for name in ready]
+            for i, result in steps.make([Path(name) for name in ready], values):
+                if isinstance(result, Exception):
+                    yield ready[i], result
+                else:
+                    target = out / names[ready[i]]
+                    writing[ready[i]] = files.submit(_written, target, result, steps)
+                yield from _taken(writing, lambda written: written.done())
             reading = upcoming
-        yield from _done(writing)
+        yield from _taken(writing, lambda written: True)
+    finally:
+        # What is being written is finished; what is only read is not waited for.
+        files.shutdown(cancel_futures=True)
 
 
 def _windows(names: Iterator[str]) -> Iterator[list[str]]:
+    """Inputs that are read at once, within the bounds."""
     window: list[str] = []
     n_bytes = 0
     for name in names:
-        size = Path(name).stat().st_size if Path(name).exists() else 0
+        size = 0  # a file that is not there is an error when it is read
+        with suppress(OSError):
+            size = os.stat(name).st_size
         if window and (len(window) == _MOST_FILES or n_bytes + size > _MOST_BYTES):
             yield window
             window, n_bytes = [], 0
@@ -84,9 +94,12 @@ def _written(target: Path, result: Made, steps: Steps[Read, Made]) -> object:
     return steps.write(target, result)
 
 
-def _done(writing: Mapping[str, Future[object]]) -> Iterator[tuple[str, Exception | None]]:
-    for name, written in writing.items():
-        yield name, _error_of(written)
+def _taken(
+    writing: dict[str, Future[object]], wanted: Callable[[Future[object]], bool]
+) -> Iterator[tuple[str, Exception | None]]:
+    """Takes those of the writes out that are wanted, and waits for them."""
+    for name in [name for name, written in writing.items() if wanted(written)]:
+        yield name, _error_of(writing.pop(name))
 
 
 def _error_of(future: Future[Any]) -> Exception | None:

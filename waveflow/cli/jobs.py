@@ -105,20 +105,22 @@ def run_jobs(
     if jobs.names is None:
         note_written(jobs.out, work(jobs.source, jobs.out))
         return
-    bad: list[str] = []
-    faults: list[str] = []
+    bad: dict[str, str] = {}
+    faults: dict[str, str] = {}
     made = _one_by_one(jobs, work) if steps is None else work_ahead(jobs.names, jobs.out, steps)
     with counting("files", jobs.group) as progress:
         for done, (name, error) in enumerate(made, start=1):
             if isinstance(error, WaveflowError):
-                bad.append(str(error))
+                bad[name] = str(error)
             elif isinstance(error, OSError):
-                bad.append(f"{name}: {error.strerror or error}")
+                bad[name] = f"{name}: {error.strerror or error}"
             elif error is not None:
-                faults.append(f"{name}: {fault_line(error)}")
+                faults[name] = f"{name}: {fault_line(error)}"
             progress(done, len(jobs.names))
     n_written = len(jobs.names) - len(bad) - len(faults)
-    shares = jobs.group.gather("jobs", (n_written, jobs.n_kept, bad, faults))
+    # In the order of the files, whichever was done first.
+    lists = [[found[name] for name in jobs.names if name in found] for found in (bad, faults)]
+    shares = jobs.group.gather("jobs", (n_written, jobs.n_kept, *lists))
     if shares is None:
         return
     if status := _report(jobs, shares):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from waveflow.cli import options
+from waveflow.cli.console import closed
 from waveflow.cli.jobs import note_about, note_written, seconds
 from waveflow.cli.synthesis import PIPE, opened
 from waveflow.errors import ConfigError
@@ -17,6 +18,10 @@ from waveflow.processes import check_alone
 
 if TYPE_CHECKING:
     from waveflow.tts.speaker import Acoustic
+
+
+# Of a text that ends no sentence, which are then spoken at once.
+_MOST_LINES = 100
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ def say(
     if out != PIPE:
         check_audio_name(out, saying.float32)
         options.check_writable(out)
+    elif "stdout" in closed:
+        raise ConfigError("- stands for stdout here, which is closed")
     changed = saying.sampling().changed({"lossy": saying.lossy})
     texts = _texts_of_stdin() if text == "-" else iter([text])
     first = next(texts, "")
@@ -122,7 +129,7 @@ def _texts_of_stdin() -> Iterator[str]:
     try:
         for line in sys.stdin:
             waiting.append(line)
-            if not line.strip() or ends_sentence(line):
+            if not line.strip() or ends_sentence(line) or len(waiting) == _MOST_LINES:
                 if text := "".join(waiting).strip():
                     yield text
                 waiting.clear()

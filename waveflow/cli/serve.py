@@ -10,6 +10,7 @@ import typer
 from waveflow.cli import options
 from waveflow.cli.console import note
 from waveflow.errors import ConfigError
+from waveflow.pretrained import voice_folder
 
 # Seconds after a signal to stop, beside those that a request may take.
 GRACE = 5
@@ -52,15 +53,17 @@ def serve(
         raise ConfigError(f"serving needs {error.name}: pip install 'waveflow[serve]'") from error
     from waveflow.tts.speaker import load_speaker
 
+    if voice != "espeak":
+        voice_folder(voice)
     listener = _listener(host, port)
     speaker = load_speaker(voice, loading.load())
-    speaker("Ready.")  # what does not fit together is an error now
+    list(speaker.stream(["Ready."]))  # what does not fit together is an error now
     limits = ServerLimits(waiting=waiting)
     app = make_app(speaker, limits)
     config = uvicorn.Config(
         app,
         log_level="warning",
-        limit_concurrency=4 * waiting,
+        limit_concurrency=max(64, 4 * waiting),
         timeout_graceful_shutdown=math.ceil(limits.seconds) + GRACE,
     )
     server = uvicorn.Server(config)

@@ -79,27 +79,32 @@ class Speaking(options.Sampling, options.Loading):
 
         with errors_of(source):
             speech = vocoder.synthesise(mel, self.options())
+            audio = self.denoised(vocoder, speech.audio[:n_samples])
         note_about(source, speech.notes)
-        return as_array(self.denoised(vocoder, speech.audio[:n_samples]))
+        return as_array(audio)
 
     def speak_all(
         self, vocoder: "Vocoder", sources: Sequence[Path], mels: "Sequence[np.ndarray]"
-    ) -> "list[np.ndarray | Exception]":
-        """Returns each mel's speech, or the error about it; those of one length together."""
+    ) -> "Iterator[tuple[int, np.ndarray | Exception]]":
+        """Yields the number of each mel with its speech, or the error about it."""
         from waveflow.engine.checks import as_array
         from waveflow.engine.together import batches, speak_together
 
-        made: dict[int, np.ndarray | Exception] = {}
-        for batch in batches([max(mel.shape) for mel in mels], vocoder.device.type):
+        for batch in batches([mel.shape[1] for mel in mels], vocoder.device.type):
             wanted = [self.options()] * len(batch)
             found = speak_together(vocoder, [mels[i] for i in batch], wanted)
             for i, speech in zip(batch, found, strict=True):
-                if isinstance(speech, WaveflowError):
-                    made[i] = about(sources[i], speech)
+                try:
+                    if isinstance(speech, Exception):
+                        raise speech
+                    audio = as_array(self.denoised(vocoder, speech.audio))
+                except WaveflowError as error:
+                    yield i, about(sources[i], error)
+                except Exception as error:
+                    yield i, error
                 else:
                     note_about(sources[i], speech.notes)
-                    made[i] = as_array(self.denoised(vocoder, speech.audio))
-        return [made[i] for i in range(len(mels))]
+                    yield i, audio
 
     def denoised(self, vocoder: "Vocoder | OnnxVocoder", audio: Any) -> Any:
         """The audio without the model's hum, if that is wanted."""
@@ -206,7 +211,9 @@ def vocode(
         write_audio(target, audio, vocoder.sample_rate, speaking.float32)
         return seconds(len(audio), vocoder.sample_rate)
 
-    def make(paths: Sequence[Path], mels: Sequence["np.ndarray"]) -> "list[np.ndarray | Exception]":
+    def make(
+        paths: Sequence[Path], mels: Sequence["np.ndarray"]
+    ) -> "Iterator[tuple[int, np.ndarray | Exception]]":
         return speaking.speak_all(cast("Vocoder", vocoder), paths, mels)
 
     def write(target: Path, audio: "np.ndarray") -> None:

@@ -1,12 +1,14 @@
 """Mels of about one length, spoken as one batch: each gets what it gets alone, sooner."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import cast
 
 import numpy as np
 
+from waveflow.audio.mel_names import NATIVE
 from waveflow.engine.options import Speech, SynthesisOptions
 from waveflow.engine.vocoder import Vocoder
-from waveflow.errors import WaveflowError
 
 # On a CPU eight mels of half a second to one are decoded together in half the time of one after
 # another; of two seconds nothing is gained, and of four they take longer (benchmarks/together.py).
@@ -43,34 +45,44 @@ def batches(n_frames: Sequence[int], device: str) -> Iterator[list[int]]:
 
 def speak_together(
     vocoder: Vocoder, mels: Sequence[np.ndarray], options: Sequence[SynthesisOptions]
-) -> list[Speech | WaveflowError]:
+) -> list[Speech | Exception]:
     """Speech of each mel (M, F), or the error that says what is wrong with it.
+
+    Mels in the model's own convention are spoken as one batch. Others are spoken one by one, since
+    a convention is told, or converted, for a mel by itself.
 
     Args:
         mels: of about one length.
         options: of each; they differ in their seeds only.
     """
-    if len(mels) > 1 and len({mel.shape[:-1] for mel in mels}) == 1:
-        lengths = [mel.shape[1] for mel in mels]
-        batch = np.zeros((len(mels), mels[0].shape[0], max(lengths)), np.float32)
-        for row, mel in zip(batch, mels, strict=True):
-            row[:, : mel.shape[1]] = mel
-        seeds = {"seed": [one.seed for one in options]}
-        try:
-            speech = vocoder.synthesise(batch, options[0].changed(seeds), lengths)
-        except WaveflowError:
-            speech = None  # of one of them
-        # Notes are about all of them: alone, each gets its own.
-        if speech is not None and not speech.notes:
-            ends = [n * vocoder.hop_length for n in lengths]
-            return [
-                Speech(audio[:end], None, []) for audio, end in zip(speech.audio, ends, strict=True)
-            ]
-    return [_alone(vocoder, mel, one) for mel, one in zip(mels, options, strict=True)]
+    found: list[Speech | Exception | None] = [None] * len(mels)
+    shared, bands = options[0], vocoder.mel_config.n_mels
+    is_own = shared.convention in (None, NATIVE) and shared.time_major is False
+    if is_own and len(mels) > 1 and all(mel.ndim == 2 and len(mel) == bands for mel in mels):
+        # Whatever goes wrong, such as memory that is too small, each is tried alone.
+        with suppress(Exception):
+            found = list(_batch(vocoder, mels, options))
+    for i, speech in enumerate(found):
+        if speech is None:
+            try:
+                found[i] = vocoder.synthesise(mels[i], options[i])
+            except Exception as error:
+                found[i] = error
+    return cast(list[Speech | Exception], found)
 
 
-def _alone(vocoder: Vocoder, mel: np.ndarray, options: SynthesisOptions) -> Speech | WaveflowError:
-    try:
-        return vocoder.synthesise(mel, options)
-    except WaveflowError as error:
-        return error
+def _batch(
+    vocoder: Vocoder, mels: Sequence[np.ndarray], options: Sequence[SynthesisOptions]
+) -> Iterator[Speech | None]:
+    """Speech of each, or None where there may be something to note about it."""
+    lengths = [mel.shape[1] for mel in mels]
+    padded = np.zeros((len(mels), mels[0].shape[0], max(lengths)), np.float32)
+    for row, mel in zip(padded, mels, strict=True):
+        row[:, : mel.shape[1]] = mel
+    seeds = {"seed": [own.seed for own in options]}
+    made = vocoder.synthesise(padded, options[0].changed(seeds), lengths)
+    for audio, mel in zip(made.audio, mels, strict=True):
+        audio = audio[: mel.shape[1] * vocoder.hop_length]
+        # Clipped samples, and frames of one value, which are padding.
+        notable = bool(audio.abs().max() >= 1) or bool((mel == mel[:1]).all(0).any())
+        yield None if made.notes and notable else Speech(audio, None, [])

@@ -87,8 +87,7 @@ def export(
         raise ConfigError(f"input {sorted(unknown)[0]!r}: give sigma, noise or both")
     if weights not in get_args(Weights):
         raise ConfigError(f"weights {weights!r}: give {', '.join(get_args(Weights))}")
-    if vocoder.device.type != "cpu":
-        raise ConfigError(f"a model on {vocoder.device} is not exported: load it on cpu")
+    _check_device(vocoder)
     if is_onnx:
         _check_extra()
     elif weights != "float32" or len(inputs) < 2:
@@ -118,16 +117,20 @@ def export_listener(vocoder: Vocoder, out: Path, weights: Weights = "float32") -
     a whole number of frames, 3 or more.
 
     Args:
-        vocoder, out, weights: as `export`.
+        vocoder, out: as `export`.
+        weights: float32 or float16.
 
     Returns:
         Size, and the largest error of noise and log_prob.
 
     Raises:
-        ConfigError: as `export`.
+        ConfigError: as `export`, or a likelihood that is a bound.
     """
     if out.suffix != ".onnx":
         raise ConfigError(f"{out}: name a file that ends in .onnx")
+    if weights not in ("float32", "float16"):
+        raise ConfigError(f"weights {weights!r}: this graph has float32 or float16")
+    _check_device(vocoder)
     _check_extra()
     listener = Listener(vocoder).eval()
     outputs = (MEL, NOISE, LOG_PROB)
@@ -140,6 +143,7 @@ def export_listener(vocoder: Vocoder, out: Path, weights: Weights = "float32") -
         example = vocoder.example_mel()
         mel = speech_like_mel(vocoder.mel_config.n_mels, 87) if example is None else example
         audio = vocoder.draw(mel)[None]
+        vocoder.log_prob_by_frame(audio[0], mel)  # refuses what is no sum over frames
         expected = listener(audio)
     found = session.run(outputs, {AUDIO: audio.numpy()})
     errors = [float(np.abs(a - b.numpy()).max()) for a, b in zip(found, expected, strict=True)]
@@ -159,6 +163,11 @@ def _card_of(vocoder: Vocoder, options: SynthesisOptions) -> GraphCard:
         refine=vocoder.refine_steps if options.refine is None else options.refine,
         judges=vocoder.judges_mels,
     )
+
+
+def _check_device(vocoder: Vocoder) -> None:
+    if vocoder.device.type != "cpu":
+        raise ConfigError(f"a model on {vocoder.device} is not exported: load it on cpu")
 
 
 def _check_extra() -> None:

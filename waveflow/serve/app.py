@@ -138,6 +138,8 @@ class Service:
 
     async def body(self, http: HttpRequest, most: int) -> bytes:
         """The body of a request, of at most so many bytes."""
+        if self.worker.n_open >= self.limits.waiting:
+            raise Busy
         body = bytearray()
         if int(http.headers.get("content-length", 0)) > most:
             raise HTTPException(413, f"the body has more than {most:,} bytes")
@@ -163,8 +165,9 @@ class Service:
             for piece in self.vocoder.stream([mel], options, least, lambda note: None):
                 yield piece.cpu().numpy()
 
-        is_plain = options.convention in (None, NATIVE) and options.time_major is False
-        if is_plain and not is_streamed and mel.shape[1] <= WINDOW_FRAMES:
+        is_own = options.convention in (None, NATIVE)
+        # A mel of another rate is converted as a whole.
+        if not is_streamed and (not is_own or mel.shape[1] <= WINDOW_FRAMES):
             return self.audio(http, MelRequest(self._deadline(), mel=mel, options=options))
         return self.audio(http, PiecesRequest(self._deadline(), pieces=pieces))
 
@@ -195,7 +198,9 @@ class Service:
             try:
                 with suppress(soundfile.SoundFileError):  # read_audio says what is wrong
                     self._check_length(soundfile.info(file.name).duration)
-                return read_audio(file.name, self.vocoder.sample_rate)[0]
+                audio, rate, _ = read_audio(file.name, self.vocoder.sample_rate)
+                self._check_length(len(audio) / rate)  # a header may say less
+                return audio
             except WaveflowError as error:
                 raise AudioError(str(error).replace(file.name, "this recording")) from error
 
@@ -248,12 +253,17 @@ class Service:
                 piece = resampler.resample_chunk(piece, last)
             return to_int16(piece).astype("<i2").tobytes()
 
+        # Whoever plays it in real time is done by then.
+        end = self._deadline() + self.limits.audio_seconds
         self._count([first])
         yield samples(first)
-        async for piece in audio:
-            self._count([piece])
-            yield samples(piece)
-        yield samples(np.zeros(0, np.float32), last=True)
+        with suppress(Gone):  # nobody is there to be told
+            async for piece in audio:
+                if time.monotonic() > end:
+                    return
+                self._count([piece])
+                yield samples(piece)
+            yield samples(np.zeros(0, np.float32), last=True)
 
     def _count(self, pieces: list[np.ndarray]) -> None:
         self.metrics.audio.inc(sum(map(len, pieces)) / self.vocoder.sample_rate)
@@ -332,7 +342,7 @@ def make_app(speaker: Speaker, limits: ServerLimits | None = None) -> FastAPI:
     @app.get("/health")
     async def health() -> dict[str, Any]:
         return {
-            "status": "ok",
+            "status": "ok" if service.worker.is_alive else "broken",
             "version": __version__,
             "model": vocoder.config.model.type,
             "sample_rate": vocoder.sample_rate,

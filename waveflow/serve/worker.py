@@ -138,6 +138,11 @@ class Worker:
             self.n_open += 1
         self._arrived.put(request)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still computes."""
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         """Ends the thread, after what it computes now."""
         self._arrived.put(None)
@@ -183,16 +188,16 @@ class Worker:
         if not batch:
             return
         self.on_batch(len(batch))
-        try:
-            mels, options = [r.mel for r in batch], [r.options for r in batch]
-            found: list = speak_together(self.vocoder, mels, options)
-        except Exception as error:  # a fault of ours
-            found = [error] * len(batch)
+        found = speak_together(self.vocoder, [r.mel for r in batch], [r.options for r in batch])
         for request, speech in zip(batch, found, strict=True):
             if isinstance(speech, Exception):
                 self._end(request, speech)
-            else:
+                continue
+            try:
                 request.answer(speech.audio.cpu().numpy())
+            except Exception as error:  # of the device
+                self._end(request, error)
+            else:
                 self._end(request, None)
 
     def _next_piece(self, request: Request, pieces: Pieces) -> bool:

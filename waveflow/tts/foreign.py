@@ -52,7 +52,10 @@ class Espeak:
                 reason = done.stderr.decode(errors="replace").strip()
                 raise ConfigError(f"espeak-ng failed with status {done.returncode}: {reason:.200}")
             # Its header on a pipe gives no length.
-            audio, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32")
+            try:
+                audio, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32")
+            except soundfile.SoundFileError as error:
+                raise ConfigError(f"espeak-ng gave no audio: {error}") from error
             yield self.vocoder.mel_to_copy(resample(audio, rate, self.vocoder.sample_rate))
 
 
@@ -118,7 +121,7 @@ class Tacotron2:
             raise ConfigError(f"torchaudio has no bundle {name}")
         try:
             self.read, self.model = bundle.get_text_processor(), bundle.get_tacotron2()
-        except OSError as error:
+        except (OSError, RuntimeError, ImportError) as error:
             raise ConfigError(f"cannot fetch the bundle {name}: {error}") from error
         self.convention = "torchaudio-wavernn" if "WAVERNN" in name else "torchaudio-griffinlim"
 
@@ -129,4 +132,7 @@ class Tacotron2:
             raise ConfigError(f"pace {pace}: a Tacotron 2 speaks at its own, 1")
         torch.manual_seed(seed % 2**63)
         for piece in pieces_of(text):
-            yield self.model.infer(*self.read(piece))[0][0]
+            tokens, n_tokens = self.read(piece)
+            if not tokens.numel():
+                raise ConfigError(f"{piece!r:.60} has no letter that this model knows")
+            yield self.model.infer(tokens, n_tokens)[0][0]

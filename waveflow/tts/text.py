@@ -79,7 +79,7 @@ def pieces_of(text: str) -> Iterator[str]:
 
 def ends_sentence(text: str) -> bool:
     """Whether a sentence ends where the text ends."""
-    return text.rstrip().rstrip("\"')]").endswith((".", "!", "?"))
+    return text.rstrip().rstrip("\"')]\u201d\u2019").endswith((".", "!", "?"))
 
 
 def _symbols(words: Iterable) -> Iterator[str]:
