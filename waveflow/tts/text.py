@@ -49,7 +49,7 @@ def read_sentences(text: str) -> Iterator[list[str]]:
             sentences = [list(_symbols(s)) for s in gruut.sentences(words, lang="en-us")]
         except Exception as error:  # of numbers beyond its own, and of odd characters
             raise ConfigError(
-                f"{piece!r:.60} cannot be read ({type(error).__name__}): write numbers as words"
+                f"{piece!r:.60} cannot be read ({type(error).__name__}): write it in plain words"
             ) from error
         for symbols in sentences:
             yield from (part for part in _parts(symbols) if not _PHONEMES.keys().isdisjoint(part))
