@@ -130,6 +130,7 @@ def test_a_recording_is_copied_by_keyboard_alone(page: Any, recording: Path) -> 
     expect(status).to_have_text("Here is the copy.", timeout=60_000)
     expect(page.locator("#speed")).to_contain_text("times real time")
     expect(page.locator("#likelihood")).to_contain_text("nats per sample")
+    expect(page.locator("#audio-copy")).to_have_js_property("readyState", 4)
     seconds = page.evaluate("() => document.querySelector('#audio-copy').duration")
     assert abs(seconds - 1) < 256 / SAMPLE_RATE
     first = page.get_attribute("#audio-copy", "src")

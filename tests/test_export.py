@@ -209,7 +209,7 @@ OTHERS = {name: SMALL[name][0] for name in ("nice", "iaf", "squeezewave", "vae",
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name == "waveglow" else pytest.mark.slow) for name in OTHERS],
+    [pytest.param(name, marks=() if name == "nice" else pytest.mark.slow) for name in OTHERS],
 )
 def test_other_models(tmp_path: Path, name: str) -> None:
     made = export(vocoder_of(OTHERS[name], SMALL_MEL), tmp_path / "m.onnx", ["noise"])

@@ -327,7 +327,9 @@ def post(url: str, body: bytes) -> bytes:
         return response.read()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_it_answers_what_it_has_taken_and_ends(
     tiny_voice: Path, tiny_model: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
