@@ -5,7 +5,7 @@ import io
 import itertools
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,13 +16,12 @@ from fastapi import FastAPI, Query
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from waveflow import __version__
 from waveflow.audio.io import read_audio, read_mels, to_int16
@@ -31,6 +30,7 @@ from waveflow.engine.options import SynthesisOptions
 from waveflow.engine.streaming import WINDOW_FRAMES
 from waveflow.errors import AudioError, MelMismatchError, WaveflowError, fault
 from waveflow.model_files import first_problem
+from waveflow.serve.metrics import Measured, Metrics
 from waveflow.serve.worker import (
     Busy,
     Gone,
@@ -83,26 +83,6 @@ class SpeechBody(BaseModel):
     response_format: Format = "mp3"
     speed: float = Field(default=1.0, ge=SLOWEST, le=FASTEST)
     seed: int = 0
-
-
-class Metrics:
-    """Counters for Prometheus."""
-
-    def __init__(self, waiting: Callable[[], float]) -> None:
-        self.registry = at = CollectorRegistry()
-        self.requests = Counter("waveflow_requests", "Requests.", ["route", "status"], registry=at)
-        self.seconds = Histogram(
-            "waveflow_request_seconds",
-            "Until the last byte.",
-            ["route"],
-            registry=at,
-        )
-        self.audio = Counter("waveflow_audio_seconds", "Speech made.", registry=at)
-        self.batches = Histogram(
-            "waveflow_batch_size", "Mels decoded together.", buckets=(1, 2, 4, 8, 16, 32),
-            registry=at,
-        )  # fmt: skip
-        Gauge("waveflow_waiting", "Requests not done.", registry=at).set_function(waiting)
 
 
 class Service:
@@ -374,32 +354,6 @@ def make_app(speaker: Speaker, limits: ServerLimits | None = None) -> FastAPI:
 
     app.add_middleware(Measured, metrics=service.metrics)
     return app
-
-
-class Measured:
-    """Counts requests, their times and the status of their answers; an ASGI middleware."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app = app
-        self.metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        begin, status = time.monotonic(), 500
-
-        async def counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, counted)
-        finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(route, status).inc()
-            self.metrics.seconds.labels(route).observe(time.monotonic() - begin)
 
 
 class SamplingQuery(BaseModel):
