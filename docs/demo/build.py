@@ -19,7 +19,9 @@ from waveflow.audio.io import write_audio
 from waveflow.export.onnx import export, export_listener
 
 HERE = Path(__file__).parent
-PAGE = ("index.html", "demo.css", "demo.js")
+# The picture of samples is the server's, too.
+SPECTROGRAM = Path(waveflow.__file__).parent / "serve" / "spectrogram.js"
+PAGE = (HERE / "index.html", HERE / "demo.css", HERE / "demo.js", SPECTROGRAM)
 RUNTIME = "onnxruntime-web@1.30.0"
 RUNTIME_FILES = (
     "ort.wasm.min.mjs",
@@ -67,8 +69,8 @@ def main() -> None:
     if shutil.which("npm") is None:
         sys.exit("build.py needs npm, which fetches onnxruntime-web")
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in PAGE:
-        shutil.copy(HERE / name, args.out)
+    for path in PAGE:
+        shutil.copy(path, args.out)
     add_runtime(args.out / "ort")
     add_models(args.out / "models")
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())

@@ -44,6 +44,7 @@ from waveflow.serve.worker import (
 from waveflow.tts.speaker import FASTEST, SLOWEST, Speaker
 
 PAGE = Path(__file__).parent / "page.html"
+SPECTROGRAM = Path(__file__).parent / "spectrogram.js"
 # What OpenAI's API states for its `pcm`.
 PCM_RATE = 24000
 # Of the JSON around a text.
@@ -52,6 +53,7 @@ TEXT_BODY_BYTES = 2**14
 CLIENT_LEFT = 499
 # Seconds in which a body must have arrived.
 BODY_SECONDS = 30
+
 Format = Literal["wav", "flac", "mp3", "pcm"]
 _MEDIA = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg"}
 
@@ -118,7 +120,7 @@ class Service:
 
     async def body(self, http: HttpRequest, most: int) -> bytes:
         """The body of a request, of at most so many bytes."""
-        if self.worker.n_open >= self.limits.waiting:
+        if self.worker.is_full:
             raise Busy
         body = bytearray()
         if int(http.headers.get("content-length", 0)) > most:
@@ -318,6 +320,10 @@ def make_app(speaker: Speaker, limits: ServerLimits | None = None) -> FastAPI:
         return HTMLResponse(
             PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": policy}
         )
+
+    @app.get("/spectrogram.js")
+    async def spectrogram() -> Response:
+        return Response(SPECTROGRAM.read_text(encoding="utf-8"), media_type="text/javascript")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

@@ -133,10 +133,15 @@ class Worker:
             Busy: the line is full.
         """
         with self._lock:
-            if self.n_open >= self.most_waiting:
+            if self.is_full:
                 raise Busy
             self.n_open += 1
         self._arrived.put(request)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further request may wait."""
+        return self.n_open >= self.most_waiting
 
     @property
     def is_alive(self) -> bool:
