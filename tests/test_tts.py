@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,6 +181,17 @@ def test_the_likelihood_is_that_of_the_equations() -> None:
     torch.testing.assert_close(terms.log_likelihood, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_frames_go_to_the_symbols_that_make_them_likeliest() -> None:
+    model = tiny_model_of(N_MELS)
+    model.prior.weight.data *= 30  # so that means differ in length, too
+    text, n_symbols, mel, n_frames = (part[:1] for part in batch_of_two())
+    mu, _ = model.encode(text, torch.ones(1, 5))
+    z, _ = model.latent(mel, torch.ones(1, 1, 12))
+    scores = torch.distributions.Normal(mu[0, :, :, None], 1.0).log_prob(z[0]).sum(1)
+    expected = brute_force(scores.detach().numpy())
+    assert model(text, n_symbols, mel, n_frames).durations[0].tolist() == expected
+
+
 def test_without_noise_the_mel_is_the_priors_mean() -> None:
     model = tiny_model_of(N_MELS)
     text = torch.tensor([3, 9, 12, 7])
@@ -268,6 +280,17 @@ def test_what_is_no_voice_is_one_line(tiny_voice: Path, tmp_path: Path, tiny_mod
     (tmp_path / "other" / "model.safetensors").write_bytes(b"0" * 100)
     with pytest.raises(CheckpointError, match="damaged"):
         load_voice(tmp_path / "other")
+
+
+def test_the_recipe_trains_and_goes_on(tiny_corpus: Path, tmp_path: Path) -> None:
+    recipe = Path(__file__).parent.parent / "recipes" / "tts" / "train.py"
+    command = [sys.executable, str(recipe), "--data", str(tiny_corpus), "--out", str(tmp_path)]
+    for _ in range(2):
+        before = load_voice(tmp_path / "voice").card.steps if (tmp_path / "voice").is_dir() else 0
+        done = subprocess.run([*command, "--minutes", "0.01"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        card = load_voice(tmp_path / "voice").card
+        assert card.steps > before and card.log_likelihood is not None
 
 
 # --- speech ---
