@@ -117,7 +117,7 @@ def _small_frameglow() -> Bijection:
         n_levels=2, n_flows=2, hidden_channels=4, dilations=(1, 2), encoder_channels=4
     )
     mel = MelConfig(sample_rate=8000, n_fft=16, hop_length=4, win_length=16, n_mels=4, f_max=4000)
-    features = nn.Conv1d(BANDS, 4 + 3 * mel.hop_length, 1)
+    features = nn.Conv1d(BANDS, 4 + 4 * mel.hop_length + mel.n_mels, 1)
     return MapCond(frameglow(config, mel).bijection, MapFeatures(features))
 
 

@@ -1205,8 +1205,8 @@ def test_train_resume_info_and_vocode(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = run("train", recipe, "--data", cache, "--out", whole)
     assert result.status == 0
-    assert f"{whole}: 3 steps" in result.out and "best validation log-likelihood" in result.out
-    assert result.err.count("validation log-likelihood") == 2
+    assert f"{whole}: 3 steps" in result.out and "best validation lower bound" in result.out
+    assert result.err.count("validation lower bound") == 2
 
     # No minutes at all is one step; the rest follows, and nothing shows the seam.
     args = ("train", recipe, "--data", cache, "--out", parts)

@@ -227,7 +227,10 @@ def alone(caches: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Train
 def assert_close(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
     assert [step.keys() for step in ours] == [step.keys() for step in theirs]
     for step, expected in zip(ours, theirs, strict=True):
-        assert step == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        # The gradient of an L1 norm jumps where its terms change signs, by rounding too.
+        for name, value in expected.items():
+            rel = 1e-3 if name == "gradient_norm" else 1e-5
+            assert step[name] == pytest.approx(value, rel=rel, abs=1e-5), name
 
 
 def test_two_processes_have_the_curve_of_one(both: list[dict[str, Any]], alone: Trainer) -> None:
@@ -244,8 +247,9 @@ def test_two_processes_reach_the_weights_of_one(
     assert both[0]["weights"] == both[1]["weights"]
     last = resolve_run(out / "curve", "last") / WEIGHTS
     for name, value in parse_tensors(last.read_bytes(), last).items():
-        # A learning rate of 1e-3: gradients that differ by rounding move weights by 1e-5.
-        torch.testing.assert_close(value, alone.average[name], rtol=1e-4, atol=2e-5)
+        # A learning rate of 1e-3: gradients that differ by rounding move weights by 1e-5, and
+        # those of L1 norms, which jump, by some more.
+        torch.testing.assert_close(value, alone.average[name], rtol=1e-4, atol=2e-4)
 
 
 def test_validation_is_shared_and_added_up(both: list[dict[str, Any]], alone: Trainer) -> None:
@@ -289,7 +293,7 @@ def test_only_rank_0_writes_and_speaks(both: list[dict[str, Any]], out: Path) ->
     with open(out / "curve" / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     # Once, and not once for each process.
-    scores = [row for row in rows if (row["kind"], row["name"]) == ("validation", "log_likelihood")]
+    scores = [row for row in rows if (row["kind"], row["name"]) == ("validation", "lower_bound")]
     assert [row["step"] for row in scores] == ["6", "12"]
 
 

@@ -223,7 +223,7 @@ def test_a_model_that_diverged_is_blamed_and_not_the_mel(
 ) -> None:
     """Also one whose weights are finite, from before runs stopped."""
     [best, *_] = run_checkpoints(run)
-    change(best, "model.safetensors", "bijection.steps.1.network.level_bias", lambda t: t + value)
+    change(best, "model.safetensors", "conditioner.level_bias", lambda t: t + value)
     mel = tmp_path / "mel.npy"
     np.save(mel, np.full((MEL.n_mels, 8), -5.0, np.float32))
     status = main(["vocode", str(mel), "-o", str(tmp_path / "out.wav"), "--model", str(best)])
@@ -346,7 +346,7 @@ def change(
     rehash(folder, file)
 
 
-BIAS = "bijection.steps.1.network.level_bias"
+BIAS = "conditioner.level_bias"
 TENSORS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor | None], str]] = {
     "longer": (f"optimizer.exp_avg.{BIAS}", lambda t: torch.cat([t, t]), "expected"),
     "shorter": (f"optimizer.exp_avg_sq.{BIAS}", lambda t: t[:1], "expected"),

@@ -18,13 +18,15 @@ from waveflow.models.frameglow import (
     FrameGlowConfig,
     FrameNetwork,
     LevelNetwork,
-    _hold_last,
+    MelLevelNetwork,
     frameglow,
 )
 from waveflow.models.registry import build_flow
 from waveflow.nn.frame import ConvNeXt, GatedStack
+from waveflow.nn.phase_path import MAX_STEP, N_OFFSETS, best_path
 from waveflow.nn.pitch import CENTS_PER_CLASS, LOWEST_HZ, N_CLASSES, PitchHead
 from waveflow.nn.source import HarmonicSource
+from waveflow.padding import hold_last
 
 HIFIGAN = MEL_PRESETS["hifigan"]
 TINY_MEL = MelConfig(
@@ -39,6 +41,7 @@ TINY = FrameGlowConfig(
     encoder_layers=1,
 )
 CONVNEXT = TINY.model_copy(update={"network": "convnext"})
+NO_PATH = TINY.model_copy(update={"phase_path": False})
 
 
 def perturbed(flow: Flow, amount: float = 0.1) -> Flow:
@@ -67,9 +70,10 @@ def tiny_batch(n_frames: int, n_items: int = 2) -> tuple[Tensor, Tensor]:
 # --- density ---
 
 
-@pytest.mark.parametrize("config", [TINY, CONVNEXT], ids=["wavenet", "convnext"])
-def test_log_likelihood_is_that_of_the_jacobian(config: FrameGlowConfig) -> None:
-    flow = tiny(config)
+@pytest.mark.parametrize("network", ["wavenet", "convnext"])
+def test_log_likelihood_is_that_of_the_jacobian(network: str) -> None:
+    flow = tiny(NO_PATH.model_copy(update={"network": network}))
+    assert not flow.is_bound
     audio, mel = tiny_batch(4)
     log_prob = flow(audio, mel)
     for item in range(2):
@@ -129,15 +133,15 @@ def test_number_of_parameters() -> None:
     assert count(FrameGlowConfig(n_levels=0)) / 1e6 == pytest.approx(2.8, abs=0.35)
     assert count(FrameGlowConfig(hidden_channels=128)) * 2 < 20e6
     levels = count(FrameGlowConfig()) - count(FrameGlowConfig(n_levels=0))
-    # 128 + 1 inputs to two numbers for each of 128 + 64 + 32 + 16 active bins.
-    assert levels == 129 * 2 * (128 + 64 + 32 + 16)
+    # 128 + 1 inputs to five numbers for each bin, and to two for each of 64 + 32 + 16 of them.
+    assert levels == 129 * (5 * 256 + 2 * (64 + 32 + 16))
 
 
 @torch.no_grad()
 def test_it_starts_as_its_base() -> None:
     """u = y exp(-(envelope + 0.2)): couplings and levels are the identity until trained."""
     torch.manual_seed(0)
-    flow = build_flow(TINY, TINY_MEL).double().eval()
+    flow = build_flow(NO_PATH, TINY_MEL).double().eval()
     audio, mel = tiny_batch(6)
     y, _ = LappedSqueeze(16)(audio[:, None])
     envelope = mel.transpose(1, 2) @ flow.conditioner.band_to_bin
@@ -216,19 +220,24 @@ def test_padded_items_get_what_they_get_alone(config: FrameGlowConfig, lengths: 
 
 def test_hold_last_keeps_the_last_valid_value() -> None:
     f0 = torch.arange(1.0, 9.0).reshape(2, 4)
-    assert torch.equal(_hold_last(f0, None), f0)
-    mask = torch.tensor([[[1.0, 1, 0, 0]], [[1, 1, 1, 1]]])
-    assert _hold_last(f0, mask).tolist() == [[1, 2, 2, 2], [5, 6, 7, 8]]
+    assert torch.equal(hold_last(f0, None), f0)
+    mask = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]])
+    assert hold_last(f0, mask).tolist() == [[1, 2, 2, 2], [5, 6, 7, 8]]
     # An item without frames has nothing to hold, and must not fail.
-    assert torch.isfinite(_hold_last(f0, torch.zeros(2, 1, 4))).all()
+    assert torch.isfinite(hold_last(f0, torch.zeros(2, 4))).all()
 
 
 # --- the source in the features ---
 
 
-def parts(flow: Flow, mel: Tensor) -> tuple[Tensor, ...]:
-    layout = FeatureLayout(TINY.encoder_channels, 16)
-    return layout.split(flow.conditioner(mel).features)
+LAYOUT = FeatureLayout(TINY, TINY_MEL)
+N_FEATURES = 8 + 4 * 16 + 8
+
+
+def parts(flow: Flow, mel: Tensor) -> list[Tensor]:
+    features = flow.conditioner(mel).features
+    assert features.shape[1] == N_FEATURES
+    return LAYOUT.read(features, "h", "source", "quadrature", "level", "mel")
 
 
 @torch.no_grad()
@@ -237,10 +246,11 @@ def test_source_phase_is_fixed_in_evaluation_and_random_in_training() -> None:
     assert all(map(torch.equal, parts(flow, mel), parts(flow, mel)))
     flow.train()
     torch.manual_seed(0)
-    h, source, quadrature, envelope = parts(flow, mel)
-    again_h, again_source, again_quadrature, again_envelope = parts(flow, mel)
+    h, source, quadrature, level, own_mel = parts(flow, mel)
+    again_h, again_source, again_quadrature, again_level, _ = parts(flow, mel)
     assert torch.equal(h, again_h)
-    assert torch.equal(envelope, again_envelope)
+    assert torch.equal(level, again_level)
+    assert torch.equal(own_mel.transpose(1, 2), mel)
     assert (source - again_source).abs().max() > 0.1
     assert (quadrature - again_quadrature).abs().max() > 0.1
     assert not torch.equal(source[0], source[1])
@@ -251,7 +261,7 @@ def test_source_and_quadrature_are_the_transforms_of_one_pulse_train() -> None:
     flow, (_, mel) = tiny(), tiny_batch(6)
     conditioner = flow.conditioner
     assert isinstance(conditioner, FrameConditioner)
-    _, source, quadrature, _ = parts(flow, mel)
+    _, source, quadrature, *_ = parts(flow, mel)
     f0 = PitchHead.f0_hz(conditioner.pitch(FrameConditioner.normalise(mel))[0])
     pulses = HarmonicSource(8000, 16)(f0)
     for part, transform in ((source, False), (quadrature, True)):
@@ -272,12 +282,11 @@ def affected(network: torch.nn.Module, passive: Tensor, features: Tensor, place:
 @torch.no_grad()
 def test_coupling_networks_reach_as_far_as_their_body() -> None:
     torch.manual_seed(0)
-    layout = FeatureLayout(8, 16)
-    features = torch.randn(1, 8 + 48, 41, dtype=torch.float64)
+    features = torch.randn(1, N_FEATURES, 41, dtype=torch.float64)
     passive = torch.randn(1, 8, 41, dtype=torch.float64)
     for kind, reach in (("wavenet", 7), ("convnext", 9)):
         config = TINY.model_copy(update={"network": kind, "dilations": (1, 2, 4)})
-        network = FrameNetwork(layout, config, odd_is_active=True).double()
+        network = FrameNetwork(LAYOUT, config, odd_is_active=True).double()
         torch.nn.init.normal_(network.leave.weight)
         frames = affected(network, passive, features, 20).any(0).nonzero().flatten()
         assert (frames.min(), frames.max()) == (20 - reach, 20 + reach)
@@ -287,9 +296,9 @@ def test_coupling_networks_reach_as_far_as_their_body() -> None:
 def test_levels_look_at_four_bins_in_three_frames() -> None:
     """The even bins 2i - 2, 2i, 2i + 2, 2i + 4 around the odd bin 2i + 1."""
     torch.manual_seed(0)
-    network = LevelNetwork(FeatureLayout(8, 16), 8).double()
+    network = LevelNetwork(LAYOUT, 8).double()
     torch.nn.init.normal_(network.slope_and_offset.weight)
-    features = torch.randn(1, 8 + 48, 9, dtype=torch.float64)
+    features = torch.randn(1, N_FEATURES, 9, dtype=torch.float64)
     passive = torch.randn(1, 8, 9, dtype=torch.float64)
     other = passive.clone()
     other[:, 4, 5] += 1.0
@@ -299,6 +308,141 @@ def test_levels_look_at_four_bins_in_three_frames() -> None:
     changed = log_scale.abs() > 1e-9
     assert changed.any(1).nonzero().flatten().tolist() == [2, 3, 4, 5]
     assert changed.any(0).nonzero().flatten().tolist() == [4, 5, 6]
+
+
+def level_coupling(odd_is_active: bool) -> tuple[MelLevelNetwork, Flow, Tensor]:
+    """A network that answers with half the logarithm of the missing energy itself."""
+    torch.manual_seed(0)
+    flow = build_flow(FrameGlowConfig(), HIFIGAN).eval()
+    network = MelLevelNetwork(LAYOUT_OF_SPEECH, HIFIGAN, odd_is_active)
+    network.slopes.bias.data[128:256] = 1.0
+    return network, flow, flow.bijection[1]
+
+
+LAYOUT_OF_SPEECH = FeatureLayout(FrameGlowConfig(), HIFIGAN)
+
+
+@pytest.mark.parametrize("odd_is_active", [True, False])
+@torch.no_grad()
+def test_levels_hear_what_the_passive_bins_leave_of_the_mel(odd_is_active: bool) -> None:
+    """Noise with its own mel: half of the energy is missing. With less of it, more is missing."""
+    network, flow, base = level_coupling(odd_is_active)
+    generator = torch.Generator().manual_seed(0)
+    audio = 0.1 * torch.randn(1, 256 * 40, generator=generator)
+    mel = MelSpectrogram(HIFIGAN)(audio)
+    cond = flow.condition(mel)
+    u, _ = base(LappedSqueeze(256)(audio[:, None])[0], cond)
+    passive = u[:, network.passive]
+    # Bins up to 8 kHz, where the mel has bands, and frames that touch no edge.
+    heard = {
+        gain: network(gain * passive, cond.features)[:, 128:220, 4:-4].mean().item()
+        for gain in (0.0, 0.5, 1.0, 3.0)
+    }
+    assert heard[1.0] == pytest.approx(0.0, abs=0.1)
+    # Without any passive signal all is missing: log sqrt 2.
+    assert heard[0.0] == pytest.approx(0.5 * math.log(2), abs=1e-3)
+    # A quarter of a half is there: 7/8 are missing.
+    assert heard[0.5] == pytest.approx(0.5 * math.log(7 / 4), abs=0.03)
+    assert heard[3.0] < -1.0
+
+
+@torch.no_grad()
+def test_levels_that_hear_the_mel_look_no_further_than_they_say() -> None:
+    network, flow, _ = level_coupling(True)
+    mel = MelSpectrogram(HIFIGAN)(0.1 * torch.randn(1, 256 * 41))
+    features = flow.condition(mel).features
+    frames = affected(network, torch.randn(1, 128, 41), features, 20).any(0).nonzero().flatten()
+    assert frames.min() >= 20 - network.context.right
+    assert frames.max() <= 20 + network.context.left
+    assert 4 <= len(frames) <= 9
+
+
+# --- the path of the phase ---
+
+
+def walk_with(steps: list[int], strength: float) -> Tensor:
+    """Scores (1, L, 64) that speak for one walk from offset 60 on."""
+    places = 60 + torch.tensor([0, *steps]).cumsum(0)
+    scores = torch.zeros(1, len(places), N_OFFSETS)
+    scores[0, torch.arange(len(places)), places % N_OFFSETS] = strength
+    return scores
+
+
+def test_the_best_path_is_the_most_likely_of_all() -> None:
+    """Against every walk of four frames, by score and prior."""
+    generator = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn(1, 4, N_OFFSETS, generator=generator)
+    path = best_path(scores)
+    steps = torch.arange(-MAX_STEP, MAX_STEP + 1)
+    prior = (-0.5 * steps.double().square()).log_softmax(0)
+    start = torch.arange(N_OFFSETS)
+    total = scores[0, 0].double().reshape(-1, 1, 1, 1)
+    place = start.reshape(-1, 1, 1, 1)
+    for frame, shape in ((1, (-1, 1, 1)), (2, (-1, 1)), (3, (-1,))):
+        place = place + steps.reshape(shape)
+        total = total + scores[0, frame].double()[place % N_OFFSETS] + prior.reshape(shape)
+    best = np.unravel_index(int(total.argmax()), total.shape)
+    walk = start[best[0]] + torch.tensor([0, *(int(steps[i]) for i in best[1:])]).cumsum(0)
+    smooth = torch.cat([walk[:1], walk, walk[-1:]]).double().unfold(0, 3, 1).mean(1)
+    torch.testing.assert_close(path.cycles[0], (smooth + 0.5) / N_OFFSETS)
+    expected = sum(prior[i] for i in best[1:]) - math.log(N_OFFSETS)
+    torch.testing.assert_close(path.log_prob.sum(), torch.as_tensor(expected))
+
+
+def test_a_path_goes_on_through_a_whole_cycle() -> None:
+    path = best_path(walk_with([2] * 9, 50.0))
+    assert (path.cycles[0].diff() > 0).all()
+    assert path.cycles[0, -1] - path.cycles[0, 0] == pytest.approx((18 - 2 * 2 / 3) / 64)
+
+
+def test_a_path_does_not_follow_what_the_scores_do_not_pay_for() -> None:
+    assert best_path(walk_with([3, -3] * 4, 0.1)).cycles.diff().abs().max() == 0
+
+
+@torch.no_grad()
+def test_the_path_finds_shifted_pulses() -> None:
+    """Speech that is the source itself at another phase, for a base that expects it."""
+    torch.manual_seed(0)
+    conditioner = build_flow(FrameGlowConfig(), HIFIGAN).eval().conditioner
+    assert isinstance(conditioner, FrameConditioner)
+    conditioner.gains.bias[:256] = -1.0  # the expected speech is plus the source
+    mel = torch.full((1, 80, 30), -0.2)
+    read = conditioner._read(mel, None)
+    read.voicing.fill_(1.0)
+    audio = conditioner.source(read.f0, torch.tensor([0.3], dtype=torch.float64))
+    path = conditioner._path(audio, read, None, None)
+    assert (path.cycles - 0.3).abs().max() < 1.5 / N_OFFSETS
+
+
+@torch.no_grad()
+def test_likelihoods_are_bounds_that_count_the_path() -> None:
+    flow, (audio, mel) = tiny(), tiny_batch(12)
+    assert flow.is_bound
+    assert flow.measure == "lower bound"
+    cond, state, prior = flow.fitted(audio, mel)
+    assert prior is not None
+    given_path, z = flow.log_prob(audio, cond)
+    torch.testing.assert_close(flow(audio, mel), given_path + prior.sum(1) / audio.shape[1])
+    assert (prior.sum(1) < -math.log(N_OFFSETS)).all()
+    # The state is all that decoding needs to take the same z back.
+    torch.testing.assert_close(flow.decode(z, mel, state=(state, None)), audio, rtol=0, atol=1e-9)
+    frames, log_prob, _ = flow.by_frame(audio, mel)
+    torch.testing.assert_close(frames.mean(1), log_prob)
+    torch.testing.assert_close(log_prob, flow(audio, mel))
+
+
+@torch.no_grad()
+def test_a_later_window_has_the_rest_of_the_path() -> None:
+    flow, (_, mel) = tiny(), tiny_batch(40)
+    conditioner = flow.conditioner
+    path = torch.linspace(0, 0.5, 40).double().expand(2, 40)
+    state = (torch.tensor([0.1, 0.7]).double(), path)
+    whole = LAYOUT.read(conditioner(mel, None, state).features, "source")[0]
+    later = conditioner.carry(mel, None, state, 20)
+    assert torch.equal(later[1], path[:, 20:])
+    cut = LAYOUT.read(conditioner(mel[..., 20:], None, later).features, "source")[0]
+    inner = conditioner.anchor + 1
+    torch.testing.assert_close(cut[:, inner:], whole[:, 20 + inner :], rtol=0, atol=1e-9)
 
 
 @torch.no_grad()

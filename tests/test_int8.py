@@ -27,7 +27,7 @@ from waveflow.engine.fast.int8_graph import WEIGHT_7_BITS, WEIGHT_8_BITS, RowGra
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.metrics.spectral import signal_to_noise_db
-from waveflow.models.frameglow import FrameGlowConfig, frameglow
+from waveflow.models.frameglow import FrameGlowConfig, MelLevelNetwork, frameglow
 from waveflow.models.waveglow import WaveGlowConfig, waveglow
 from waveflow.nn.frame import GatedLayer, GatedStack
 from waveflow.nn.wavenet import WaveNet
@@ -77,7 +77,13 @@ def _frameglow(**sizes: object) -> Flow:
     torch.manual_seed(0)
     mel = MelConfig(sample_rate=22050, n_mels=N_MELS, n_fft=256, win_length=256, hop_length=64)
     config = {"n_levels": 2, "n_flows": 2, "hidden_channels": 32, "encoder_channels": 32}
-    return _trained_like(frameglow(FrameGlowConfig(**(config | sizes)), mel))
+    flow = _trained_like(frameglow(FrameGlowConfig(**(config | sizes)), mel))
+    for module in flow.modules():
+        if isinstance(module, MelLevelNetwork):
+            # Levels of random weights, one behind the other, would multiply every error.
+            for layer in (module.slopes, module.slope_and_offset):
+                layer.weight.data.mul_(0.3)
+    return flow
 
 
 class Pair(NamedTuple):
@@ -288,12 +294,12 @@ def test_the_phase_of_the_source_arrives() -> None:
     mel, z = speech_like_mel(N_MELS, 40)[None], flow.noise(40, seeds=[0])
     start = torch.tensor([0.3], dtype=torch.float64)
     with torch.inference_mode():
-        shifted = flow.decode(z, mel, None, (start, None))
-    assert signal_to_noise_db(shifted, decode(z, mel, None, (start, None))) > 25
-    assert signal_to_noise_db(shifted, decode(z, mel)) < 20
-    starts = (torch.cat([2 * start, start]), None)
+        shifted = flow.decode(z, mel, None, ((start, None), None))
+    assert signal_to_noise_db(shifted, decode(z, mel, None, ((start, None), None))) > 16
+    assert signal_to_noise_db(shifted, decode(z, mel)) < 10
+    starts = ((torch.cat([2 * start, start]), None), None)
     both = decode(z.repeat(2, 1, 1), mel.repeat(2, 1, 1), None, starts)
-    alone = [decode(z, mel, None, (phase, None)) for phase in (2 * start, start)]
+    alone = [decode(z, mel, None, ((phase, None), None)) for phase in (2 * start, start)]
     assert torch.equal(both, torch.cat(alone))
 
 

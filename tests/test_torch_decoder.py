@@ -31,7 +31,7 @@ from waveflow.engine.fast.packed import DecodingKit, PackedLinear
 from waveflow.engine.fast.torch_decoder import TorchDecoder, _padded
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
-from waveflow.models.frameglow import FrameGlowConfig
+from waveflow.models.frameglow import FrameConditioner, FrameGlowConfig
 from waveflow.models.registry import build_flow
 from waveflow.models.waveglow import WaveGlowConfig
 from waveflow.nn.frame import GatedLayer
@@ -94,7 +94,8 @@ def test_float32_is_the_flow_itself(flow: Flow, n_frames: int, packed: bool) -> 
 def test_a_padded_batch_and_a_state(flow: Flow) -> None:
     z, mel = inputs(flow, 30, n_items=2)
     lengths = torch.tensor([30, 17])
-    state = (torch.tensor([0.25, 0.5], dtype=torch.float64), None)
+    phase, path = torch.tensor([0.25, 0.5], dtype=torch.float64), torch.rand(2, 30).double()
+    state = ((phase, path), None) if isinstance(flow.conditioner, FrameConditioner) else None
     audio = TorchDecoder(flow)(z, mel, lengths, state)
     expected = flow.decode(z, mel, lengths, state)
     torch.testing.assert_close(audio, expected, rtol=0, atol=TOLERANCE)

@@ -184,7 +184,7 @@ def test_averages_follow_the_weights_slowly_once_they_are_old(
     cache: TrainingCache, tmp_path: Path
 ) -> None:
     trainer = Trainer(recipe(pitch_steps=0, ema_decay=0.25), cache, tmp_path / "run")
-    name = "bijection.steps.1.network.level_bias"
+    name = "conditioner.level_bias"
     for step, decay in ((0, 0.1), (1, 2 / 11), (5, 0.25)):  # (1 + step) / (10 + step) at most
         trainer.step = step
         before = trainer.average[name].clone()
@@ -244,9 +244,9 @@ def test_gradients_are_clipped_and_reported_as_they_were(
 def test_each_step_starts_from_no_gradient(cache: TrainingCache, tmp_path: Path) -> None:
     trainer = Trainer(recipe(clip_norm=1e9, **PLAIN), cache, tmp_path / "run")
     first = trainer._gradients(trainer.phases[-1])
-    gradient = trainer.flow.bijection.steps[1].network.level_bias.grad.clone()
+    gradient = trainer.flow.conditioner.level_bias.grad.clone()
     assert trainer._gradients(trainer.phases[-1]) == first
-    assert torch.equal(trainer.flow.bijection.steps[1].network.level_bias.grad, gradient)
+    assert torch.equal(trainer.flow.conditioner.level_bias.grad, gradient)
 
 
 @pytest.mark.parametrize(("steps", "is_validated"), [(2, False), (3, True)])
@@ -441,7 +441,7 @@ def test_tuning_validates_before_its_first_step(
     weights = copied(flow.state_dict())
 
     def harm(self: Trainer) -> dict[str, float]:
-        self.average["bijection.steps.1.network.level_bias"].sub_(1.0)
+        self.average["conditioner.level_bias"].sub_(1.0)
         return {"log_likelihood": 0.0}
 
     monkeypatch.setattr(Trainer, "_train_step", harm)
@@ -457,7 +457,7 @@ def test_tuning_validates_before_its_first_step(
 
 
 def test_rates_by_name(cache: TrainingCache, tmp_path: Path) -> None:
-    rates = {"conditioner": 0.0, "conditioner.enter": 0.5, "bijection.steps.1": 0.1}
+    rates = {"conditioner": 0.0, "conditioner.enter": 0.5, "bijection.steps.2": 0.1}
     settings = recipe(pitch_steps=0, rates=rates, warmup_steps=1)
     trainer = Trainer(settings, cache, tmp_path / "run")
     before = {k: v.clone() for k, v in trainer.flow.named_parameters()}
@@ -471,7 +471,7 @@ def test_rates_by_name(cache: TrainingCache, tmp_path: Path) -> None:
         elif name.startswith("conditioner."):
             factor = 0.0
         else:
-            factor = 0.1 if name.startswith("bijection.steps.1.") else 1.0
+            factor = 0.1 if name.startswith("bijection.steps.2.") else 1.0
         assert trainer.flow.get_parameter(name).requires_grad == (factor > 0)
         if factor == 0:
             assert distance == 0, name
@@ -683,7 +683,7 @@ def test_a_run_without_progress_stops_and_says_why(
     assert trainer.best == -1.0
     [line] = [record.message for record in caplog.records if "stopped" in record.message]
     assert line == (
-        "stopped at step 14: since step-00000008 no validation log-likelihood was above -1.0000"
+        "stopped at step 14: since step-00000008 no validation lower bound was above -1.0000"
     )
     # It is saved, and has nothing more to do.
     resumed = Trainer(patient, cache, tmp_path / "run", resume=True)

@@ -18,7 +18,7 @@ from waveflow.engine.streaming import window_context
 from waveflow.engine.vocoder import Vocoder, VocoderWarning, load
 from waveflow.errors import ConfigError, MelMismatchError
 from waveflow.flow import State
-from waveflow.models.frameglow import FrameGlowConfig
+from waveflow.models.frameglow import FrameConditioner, FrameGlowConfig
 from waveflow.models.registry import build_flow
 from waveflow.models.waveglow import WaveGlowConfig
 from waveflow.nn.source import HarmonicSource
@@ -124,9 +124,9 @@ def test_the_context_is_that_of_a_change(vocoder: Vocoder, steps: int) -> None:
     def audio(mel: Tensor, z: Tensor) -> Tensor:
         # The state depends on all frames before, but it is carried: here it is such that the
         # window around the middle frame always begins with the same one.
-        zero = torch.zeros(1, dtype=torch.float64) if has_state else None
+        zero = (torch.zeros(1, dtype=torch.float64), None) if has_state else None
         state = flow.conditioner.carry(mel, None, zero, middle - left)
-        state = None if state is None else (-state, None)
+        state = None if state is None else ((-state[0], None), None)
         out = vocoder.refinement(flow.decode(z, mel, None, state), mel, steps)
         return out[0, middle * HOP : (middle + 1) * HOP]
 
@@ -150,8 +150,9 @@ def test_the_context_is_that_of_a_change(vocoder: Vocoder, steps: int) -> None:
 
 
 def levels(vocoder: Vocoder) -> int:
+    """Frames of a FrameGlow's levels: one each, and four of the two that hear the mel."""
     config = vocoder.config.model
-    return config.n_levels if isinstance(config, FrameGlowConfig) else 0
+    return config.n_levels + 7 if isinstance(config, FrameGlowConfig) else 0
 
 
 def test_a_jacobian_agrees(vocoder: Vocoder) -> None:
@@ -162,6 +163,7 @@ def test_a_jacobian_agrees(vocoder: Vocoder) -> None:
     mel = random_mel(n_frames).double().requires_grad_()
     z = flow.noise(n_frames, [0]).double().requires_grad_()
     state = (torch.zeros(1, dtype=torch.float64), None)
+    state = (state if isinstance(flow.conditioner, FrameConditioner) else state[0], None)
     audio = flow.decode(z, mel, None, state)
     weights = torch.randn(HOP, generator=torch.Generator().manual_seed(2)).double()
     (audio[0, middle * HOP : (middle + 1) * HOP] * weights).sum().backward()
@@ -178,11 +180,12 @@ def test_a_jacobian_agrees(vocoder: Vocoder) -> None:
 def test_contexts_of_the_models_that_people_use() -> None:
     """By hand, in frames."""
     shipped = load()
-    # Encoder and pitch head: 4 layers of 3 each; couplings: 4 x 7; levels: 4; lapped: 1.
-    assert shipped.flow.context == (12 + 12 + 28 + 4 + 1,) * 2
+    # Encoder and pitch head: 4 layers of 3 each; couplings: 4 x 7; levels: 2 x 4 that hear the
+    # mel (lapped 1, STFT 2, neighbours 1) and 3; lapped: 1.
+    assert shipped.flow.context == (12 + 12 + 28 + 8 + 3 + 1,) * 2
     # A frame reaches 3.5 frames over its edges in the first step, 3 more in each other step.
     assert [shipped.refinement.context_of_steps(n) for n in range(3)] == [(0, 0), (4, 4), (7, 7)]
-    assert shipped.look_ahead() == 57 + 13 and shipped.look_ahead(refine=0) == 57
+    assert shipped.look_ahead() == 64 + 19 and shipped.look_ahead(refine=0) == 64
     config = WaveGlowConfig(hidden_channels=2)
     flow = build_flow(config, shipped.mel_config)
     # 12 networks of 255 groups each way, 32 groups to a frame; 3 more frames by the upsampler.
@@ -273,7 +276,7 @@ def test_the_shipped_model_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "WINDOW_FRAMES", 150)
     mel = shipped_mel(vocoder, 500)
     for n_frames in (1, 2, 3, 77, 500):
-        expected = whole(vocoder, mel[None, :, :n_frames], 4)
+        expected = whole(vocoder, mel[None, :, :n_frames], vocoder.refine_steps)
         audio = vocoder(mel[:, :n_frames], sigma=1.0)
         assert audio.shape == (256 * n_frames,)
         torch.testing.assert_close(audio, expected, rtol=0, atol=1e-5)
@@ -314,6 +317,40 @@ def test_a_stream_of_the_smallest_steps(vocoder: Vocoder) -> None:
     pieces = list(vocoder.stream(cut(mel[0], [1]), least_frames=1))
     assert [len(piece) for piece in pieces[:-1]] == [HOP] * 12
     torch.testing.assert_close(torch.cat(pieces), whole(vocoder, mel, 2), rtol=0, atol=1e-5)
+
+
+def test_with_less_look_ahead_audio_comes_sooner_and_only_its_end_differs(
+    vocoder: Vocoder,
+) -> None:
+    seen = int(vocoder.look_ahead())
+    mel = random_mel(seen + 40)
+    seconds = 3.5 * HOP / vocoder.sample_rate
+    given, first = 0, 0
+
+    def mels() -> Iterator[Tensor]:
+        nonlocal given
+        for piece in cut(mel[0], [1]):
+            given += 1
+            yield piece
+
+    pieces = []
+    for piece in vocoder.stream(mels(), least_frames=20, look_ahead=seconds):
+        first = first or given
+        pieces.append(piece)
+    assert first == 20 + 3
+    assert sum(map(len, pieces)) == mel.shape[2] * HOP
+    expected = whole(vocoder, mel, 2)
+    # A stream that waits for all that the model sees is the whole again.
+    enough = list(
+        vocoder.stream(cut(mel[0], [1]), look_ahead=(seen + 1) * HOP / vocoder.sample_rate)
+    )
+    torch.testing.assert_close(torch.cat(enough), expected, rtol=0, atol=1e-5)
+    joined = torch.cat(pieces)
+    if seen > 20 + 3:
+        assert not torch.allclose(joined, expected, rtol=0, atol=1e-5)
+    # The last piece has all that there is.
+    last = len(pieces[-1])
+    torch.testing.assert_close(joined[-last:], expected[-last:], rtol=0, atol=1e-5)
 
 
 def test_audio_comes_as_soon_as_it_is_final() -> None:
@@ -362,7 +399,13 @@ def test_what_a_stream_refuses() -> None:
     with pytest.raises(MelMismatchError, match=r"one mel \(M, f\), not \(2, 8, 200\)"):
         list(vocoder.stream([torch.stack([mel, mel])]))
     # What is out of range is said at once, not when the first mel comes.
-    for options in ({"sigma": -1.0}, {"refine": 65}, {"least_frames": 0}, {"seed": [1, 2]}):
+    for options in (
+        {"sigma": -1.0},
+        {"refine": 65},
+        {"least_frames": 0},
+        {"look_ahead": -0.1},
+        {"seed": [1, 2]},
+    ):
         with pytest.raises(ConfigError):
             vocoder.stream([mel], **options)
 

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from waveflow.bijections.base import Bijection, Condition, log_dets_by_position
 from waveflow.context import Context, context_of
@@ -17,6 +18,21 @@ from waveflow.padding import zero_padding
 # Carried by a stream from a window to the next: None, a tensor with the batch first, or a tuple of
 # them. Only who made it looks inside: a conditioner, or for a flow's state the flow.
 State = Any
+
+
+class Fitted(NamedTuple):
+    """A condition under which given audio is likely.
+
+    Attributes:
+        cond: the condition.
+        state: the state that made it.
+        log_prob: (B, F), nats of each frame: the prior of what was chosen in the state for this
+            audio; None where nothing was chosen.
+    """
+
+    cond: Condition
+    state: State
+    log_prob: Tensor | None
 
 
 class Conditioner(nn.Module):
@@ -33,6 +49,17 @@ class Conditioner(nn.Module):
         `state` belongs to a window that does not begin with its utterance.
         """
         raise NotImplementedError
+
+    def fitted(
+        self, audio: Tensor, mel: Tensor, mask: Tensor | None = None, state: State = None
+    ) -> Fitted:
+        """The condition for the density of audio (B, F hop).
+
+        A state that holds what the mel does not tell (where the pulses of a voice lie) may be
+        chosen for the audio here. With its prior the density is a lower bound:
+        log p(x) >= log p(x | state) + log p(state).
+        """
+        return Fitted(self(mel, mask, state), state, None)
 
     def carry(self, mel: Tensor, mask: Tensor | None, state: State, n_frames: int) -> State:
         """The state of a window that begins `n_frames` after this one, whose state is `state`.
@@ -100,7 +127,7 @@ class Flow(nn.Module):
         (torch.Size([100]), torch.Size([7, 2]))
     """
 
-    is_bound: ClassVar[bool] = False
+    is_bound: bool = False
     phase_settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -191,19 +218,36 @@ class Flow(nn.Module):
         T is a multiple of `channels` and at most F hop_length; `lengths` (B,) in frames. The mel
         may be None where there is no conditioner.
         """
-        cond = self.condition(self._mel(audio, mel), lengths)
-        return self.log_prob(audio, cond.crop(audio.shape[1] // self.channels))[0]
+        cond, _, prior = self.fitted(audio, self._mel(audio, mel), lengths)
+        return self.log_prob(audio, cond.crop(audio.shape[1] // self.channels), prior)[0]
 
-    def log_prob(self, audio: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        """Log-likelihood (B,) and z (B, C, L) of audio (B, T) under a condition."""
+    def fitted(
+        self, audio: Tensor, mel: Tensor, lengths: Tensor | None = None, state: State = None
+    ) -> Fitted:
+        """The condition for the density of audio (B, T), T at most F hop_length."""
+        missing = mel.shape[2] * self.hop_length - audio.shape[1]
+        whole = F.pad(audio, (0, missing)) if missing else audio
+        return self.conditioner.fitted(whole, mel, _frame_mask(mel, lengths), state)
+
+    def log_prob(
+        self, audio: Tensor, cond: Condition, prior: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-likelihood (B,) and z (B, C, L) of audio (B, T) under a condition.
+
+        `prior` (B, F) is that of a condition that was chosen for the audio (`Fitted.log_prob`).
+        """
         z, log_det = self.bijection(audio[:, None], cond)
         log_prob = standard_normal_log_prob(z, cond.mask) + log_det
+        if prior is not None:
+            log_prob = log_prob + prior.sum(1).to(log_prob.dtype)
         n_samples: Tensor | int = audio.shape[1]
         if cond.mask is not None:
             n_samples = cond.mask.sum((1, 2)) * self.channels
         return log_prob / n_samples, z
 
-    def by_frame(self, audio: Tensor, mel: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def by_frame(
+        self, audio: Tensor, mel: Tensor | None = None, fitted: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-likelihoods of frames (B, F) and of all (B,), nats per sample, and z (B, C, L).
 
         A frame has the density of its own z and the log-determinants at its positions. Their mean
@@ -212,19 +256,27 @@ class Flow(nn.Module):
         Args:
             audio: (B, F hop_length).
             mel: (B, M, F), as `forward`.
+            fitted: whether the condition is chosen for the audio, as in `forward`; if not, it is
+                that of the mel alone, under which `decode` takes z back.
         """
-        n_frames = audio.shape[1] // self.hop_length
-        cond = self.condition(self._mel(audio, mel)).crop(audio.shape[1] // self.channels)
+        n_frames, mel = audio.shape[1] // self.hop_length, self._mel(audio, mel)
+        chosen = self.fitted(audio, mel) if fitted else Fitted(self.condition(mel), None, None)
+        cond = chosen.cond.crop(audio.shape[1] // self.channels)
         with log_dets_by_position() as log_dets:
-            log_prob, z = self.log_prob(audio, cond)
+            log_prob, z = self.log_prob(audio, cond, chosen.log_prob)
         own = -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
         frames = torch.stack([_in_frames(part, n_frames) for part in (own, *log_dets)]).sum(0)
+        if chosen.log_prob is not None:
+            frames = frames + chosen.log_prob[:, :n_frames].to(frames.dtype)
         return frames / self.hop_length, log_prob, z
 
     def encode(
         self, audio: Tensor, mel: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
-        """Audio (B, T) to noise (B, C, L); arguments as `forward`."""
+        """Audio (B, T) to noise (B, C, L); arguments as `forward`.
+
+        The condition is that of the mel alone, so that `decode` takes the noise back.
+        """
         cond = self.condition(self._mel(audio, mel), lengths)
         cond = cond.crop(audio.shape[1] // self.channels)
         return zero_padding(self.bijection(audio[:, None], cond)[0], cond.mask)

@@ -157,6 +157,15 @@ Lossy = Annotated[
     typer.Option("--lossy", help="Interpolate bands and frames that cannot be converted exactly."),
 ]
 
+LookAhead = Annotated[
+    float | None,
+    typer.Option(
+        "--look-ahead",
+        metavar="SECONDS",
+        help="From or to a pipe: the most mel to wait for behind a piece of audio.",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Loading:

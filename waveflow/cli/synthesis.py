@@ -121,6 +121,7 @@ class Vocoding(Speaking):
     convention: options.Convention = None
     time_major: options.TimeMajorOption = options.TimeMajor.no
     lossy: options.Lossy = False
+    look_ahead: options.LookAhead = None
 
     def options(self) -> "SynthesisOptions":
         """Returns the options of the Python API."""
@@ -129,6 +130,7 @@ class Vocoding(Speaking):
                 "convention": self.convention,
                 "time_major": options.axes(self.time_major),
                 "lossy": self.lossy,
+                "look_ahead": self.look_ahead,
             }
         )
 
@@ -193,6 +195,7 @@ def vocode(
       waveflow vocode mel.npy -o out.wav --convention log10 --time-major yes
       waveflow vocode mel.npy -o out.wav --backend onnx --model frameglow.onnx
       cat mel.npy | waveflow vocode - -o - | aplay -t raw -f S16_LE -r 22050
+      cat mel.npy | waveflow vocode - -o out.wav --look-ahead 0.3
     """
     from waveflow.audio.io import MEL_SUFFIXES, check_audio_name, read_mel, write_audio
 
@@ -201,6 +204,8 @@ def vocode(
             raise ConfigError(f"- takes one input, not {len(sources)}: name a folder with -o")
         _stream(sources[0], Path(out), speaking)
         return
+    if speaking.look_ahead is not None:
+        raise ConfigError("--look-ahead is for a pipe; a file waits for nothing: leave it out")
     jobs = plan_jobs(sources, out, MEL_SUFFIXES, ".wav", speaking.force)
     if jobs.names is None:
         check_audio_name(jobs.out, speaking.float32)

@@ -30,6 +30,9 @@ class SynthesisOptions:
         time_major: whether the mel is (F, M) or (B, F, M); "auto" tells it by the sizes.
         lossy: convert by interpolation what cannot be converted exactly
             (`waveflow.audio.conversion`).
+        look_ahead: of streams, seconds of the mel behind a piece of audio that it may wait for.
+            None waits for all that the model sees, and the pieces are the whole, bit for bit or
+            nearly; with less a piece comes sooner and differs from it.
 
     Raises:
         ConfigError: a value out of range.
@@ -41,6 +44,7 @@ class SynthesisOptions:
     convention: str | MelConfig | None = None
     time_major: bool | Literal["auto"] = False
     lossy: bool = False
+    look_ahead: float | None = None
 
     def __post_init__(self) -> None:
         if self.sigma is not None and not 0 <= self.sigma <= 10:
@@ -49,6 +53,8 @@ class SynthesisOptions:
             raise ConfigError(
                 f"refine {self.refine} is out of range: give 0 to {MOST_REFINE_STEPS} steps"
             )
+        if self.look_ahead is not None and not self.look_ahead >= 0:
+            raise ConfigError(f"look_ahead {self.look_ahead}: give seconds, 0 or more")
         if not isinstance(self.seed, Integral | Sequence) or isinstance(self.seed, str):
             raise ConfigError(f"seed {self.seed!r}: give an integer, or one for each mel")
         if isinstance(self.convention, str):

@@ -36,6 +36,8 @@ class WindowedSynthesis:
         seeds: of the noise, one for each item.
         steps: of the refinement.
         lengths: (B,) frames of each item of a padded batch; None where all are whole.
+        look_ahead: frames of the mel behind a frame of audio to wait for, if that is fewer than
+            the model sees. The last frames of each piece are then made as if the mel ended soon.
 
     Raises:
         ConfigError: a part of the flow declares no context.
@@ -50,6 +52,7 @@ class WindowedSynthesis:
         seeds: Sequence[int],
         steps: int,
         lengths: Tensor | None = None,
+        look_ahead: float = math.inf,
     ) -> None:
         self.flow = flow
         self.decoder = decoder
@@ -58,7 +61,8 @@ class WindowedSynthesis:
         self.seeds = seeds
         self.steps = steps
         self.lengths = lengths
-        self.left, self.right = window_context(flow, refinement, steps)
+        self.left, right = window_context(flow, refinement, steps)
+        self.right = min(right, look_ahead)
         # The mel from frame `_first` on, where the next window begins, with the state there.
         self._mel: Tensor | None = None
         self._first = 0

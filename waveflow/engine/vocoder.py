@@ -250,7 +250,8 @@ class Vocoder:
         """Speech for a mel that comes in pieces, each as soon as it is final.
 
         The pieces joined equal the result of `__call__` for the mels joined. Audio is final once
-        `look_ahead` further frames of the mel are known.
+        `look_ahead` further frames of the mel are known, or as much as the option of that name
+        says: then it comes sooner, and is no longer the same.
 
         Args:
             mels: the pieces (M, f), f >= 1; may be slow.
@@ -276,7 +277,7 @@ class Vocoder:
             torch.Size([51200])
         """
         options = options.changed(changes)
-        synthesis = self._synthesis(1, options)
+        synthesis = self._synthesis(1, options, look_ahead=self._frames(options.look_ahead))
         if least_frames is None:
             # Without a bound no audio is final before the end.
             least_frames = 1 if math.isinf(synthesis.right) else max(1, int(synthesis.right))
@@ -455,15 +456,25 @@ class Vocoder:
         return torch.from_numpy(np.ascontiguousarray(mel)).to(self.device)
 
     def _synthesis(
-        self, n_items: int, options: SynthesisOptions, lengths: Tensor | None = None
+        self,
+        n_items: int,
+        options: SynthesisOptions,
+        lengths: Tensor | None = None,
+        look_ahead: float = math.inf,
     ) -> WindowedSynthesis:
         own = self.config.synthesis
         sigma = own.sigma if options.sigma is None else options.sigma
         steps = self.refine_steps if options.refine is None else options.refine
         seeds = options.seeds(n_items)
         return WindowedSynthesis(
-            self.flow, self.decoder, self.refinement, sigma, seeds, steps, lengths
+            self.flow, self.decoder, self.refinement, sigma, seeds, steps, lengths, look_ahead
         )
+
+    def _frames(self, seconds: float | None) -> float:
+        """Whole frames in seconds; infinitely many in None."""
+        if seconds is None or math.isinf(seconds):
+            return math.inf
+        return int(seconds * self.sample_rate / self.hop_length)
 
     def _all_of(self, synthesis: WindowedSynthesis, batch: Tensor) -> Tensor:
         """Audio (B, F hop) of a whole batch that was checked."""

@@ -77,7 +77,7 @@ class Listener(nn.Module):
 
     def forward(self, audio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mel = self.spectrogram(audio)[..., : audio.shape[1] // self.flow.hop_length]
-        log_prob, _, noise = self.flow.by_frame(audio, mel)
+        log_prob, _, noise = self.flow.by_frame(audio, mel, fitted=False)
         return mel, noise, log_prob
 
 

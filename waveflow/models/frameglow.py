@@ -15,8 +15,10 @@ shift and as "demodulated" inputs, the passive bins times E, which are the phase
 relative to the source. E is a function of the mel, so the likelihood stays exact.
 """
 
+import itertools
+import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from waveflow.audio.filters import mel_center_hz
-from waveflow.audio.mel import MelConfig
+from waveflow.audio.mel import MelConfig, MelSpectrogram
+from waveflow.audio.mel_config import edge_padding
+from waveflow.audio.stft import frame
 from waveflow.bijections import (
     Affine,
     AllActive,
@@ -41,16 +45,24 @@ from waveflow.bijections.base import full_precision
 from waveflow.context import Context, context_of, total_context
 from waveflow.decoding import IntegerKit
 from waveflow.errors import ConfigError
-from waveflow.flow import Conditioner, Flow, State
+from waveflow.flow import Conditioner, Fitted, Flow, State
 from waveflow.models.registry import FlowConfig, register
 from waveflow.nn.frame import ConvNeXt, GatedStack
+from waveflow.nn.phase_path import Path, best_path, pulse_scores
 from waveflow.nn.pitch import PitchHead
 from waveflow.nn.source import HarmonicSource
 from waveflow.objective import Batch, Loss, Phase
-from waveflow.padding import zero_padding
+from waveflow.padding import hold_last, zero_padding
 
 # Rows of a block in integers: a second at 22,050 Hz and the rows that the networks lag behind.
 _INTEGER_ROWS = 96
+# How much a path prefers pulses in phase with the speech, before the base has learnt gains.
+IN_PHASE = 0.2
+PARTS = ("h", "source", "quadrature", "shift", "level", "mel")
+# exp(-this) is the largest share of a band's energy that even bins are believed to have, because
+# its logarithm has no bound; and half the logarithm of 2, so that a missing half counts as 0.
+LEAST_MISSING = 0.03
+HALF_MISSING = 0.5 * math.log(2)
 
 
 class FrameGlowConfig(FlowConfig):
@@ -64,9 +76,11 @@ class FrameGlowConfig(FlowConfig):
     dilations: tuple[Annotated[int, Field(gt=0, le=4096)], ...] = Field(
         default=(1, 2, 4), max_length=64
     )
+    pitch_channels: int = Field(default=128, gt=0)
     encoder_channels: int = Field(default=128, gt=0)
     encoder_layers: int = Field(default=4, ge=0)
     log_scale_bound: float = Field(default=3.0, gt=0, allow_inf_nan=False)
+    phase_path: bool = True
 
 
 @register(FrameGlowConfig)
@@ -83,22 +97,28 @@ def frameglow(config: FrameGlowConfig, mel: MelConfig) -> Flow:
             f"hop_length {bins} is not a multiple of {halved}, which n_levels {config.n_levels} "
             "needs: give fewer levels or another hop"
         )
-    layout = FeatureLayout(config.encoder_channels, bins)
+    layout = FeatureLayout(config, mel)
     steps: list[Bijection] = [
         LappedSqueeze(bins),
-        Coupling(BaseNetwork(layout), Affine(), AllActive()),
+        Coupling(BaseReader(layout), Affine(), AllActive()),
     ]
-    for k in range(config.n_levels):
+    if config.n_levels:
+        for odd_is_active in (False, True):
+            mel_levels = MelLevelNetwork(layout, mel, odd_is_active)
+            steps.append(Coupling(mel_levels, Affine(), EvenOdd(swap=not odd_is_active)))
+    for k in range(1, config.n_levels):
         levels = Coupling(LevelNetwork(layout, bins // 2 ** (k + 1)), Affine(), EvenOdd())
         steps.append(OnChannels(slice(0, None, 2**k), levels))
     for k in range(config.n_flows):
-        network = FrameNetwork(layout, config, odd_is_active=k % 2 == 0)
         affine = Affine(bound=config.log_scale_bound)
+        network = FrameNetwork(layout, config, odd_is_active=k % 2 == 0)
         steps += [
             Coupling(network, affine, EvenOdd(swap=k % 2 == 1)),
             InvertibleConv1x1(bins, start="identity"),
         ]
-    return FrameGlow(Chain(*steps), FrameConditioner(layout, config, mel), bins, bins)
+    flow = FrameGlow(Chain(*steps), FrameConditioner(layout, config, mel), bins, bins)
+    flow.is_bound = config.phase_path
+    return flow
 
 
 class FrameGlow(Flow):
@@ -120,34 +140,50 @@ class FrameGlow(Flow):
 
 
 class FeatureLayout:
-    """Where the parts of the condition's features lie: h, source, quadrature, envelope."""
+    """Where the parts of the condition's features lie.
 
-    def __init__(self, encoder_channels: int, bins: int) -> None:
-        self.bins = bins
-        self.encoder_channels = encoder_channels
-        self.sizes = [encoder_channels, bins, bins, bins]
+    h of the encoder; source and quadrature, its harmonic source in each bin; shift and level of the
+    base; the mel itself.
+    """
 
-    def split(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, M, L) -> h (B, L, H), source, quadrature and envelope (B, L, bins)."""
-        h, source, quadrature, envelope = features.transpose(1, 2).split(self.sizes, -1)
-        return h, source, quadrature, envelope
+    def __init__(self, config: "FrameGlowConfig", mel: MelConfig) -> None:
+        self.bins = mel.hop_length
+        self.encoder_channels = config.encoder_channels
+        self.n_mels = mel.n_mels
+        sizes = [self.encoder_channels, *4 * [self.bins], self.n_mels]
+        ends = list(itertools.accumulate(sizes))
+        self.slices = dict(zip(PARTS, map(slice, [0, *ends], ends), strict=False))
+
+    def read(self, features: Tensor, *names: str) -> list[Tensor]:
+        """Parts (B, L, size) of features (B, M, L)."""
+        return [features[:, self.slices[name]].transpose(1, 2) for name in names]
 
 
 class FrameConditioner(Conditioner):
-    """mel (B, M, F) -> features: encoder, harmonic source and the envelope of the bins."""
+    """mel (B, M, F) -> features: encoder, harmonic source, and the mel-informed base.
+
+    The state is the source's phase (B,), float64, in cycles, at `anchor`, and its path in each
+    frame (B, F), or None for a constant one.
+    """
 
     band_to_bin: Tensor
 
     def __init__(self, layout: FeatureLayout, config: FrameGlowConfig, mel: MelConfig) -> None:
         super().__init__()
-        width = config.encoder_channels
-        self.pitch = PitchHead(mel.n_mels)
+        width, bins = config.encoder_channels, layout.bins
+        self.layout = layout
+        self.has_path = config.phase_path
+        self.pitch = PitchHead(mel.n_mels, config.pitch_channels)
         self.source = HarmonicSource(mel.sample_rate, mel.hop_length)
-        self.in_phase = LappedSqueeze(layout.bins)
-        self.in_quadrature = LappedSqueeze(layout.bins, quadrature=True)
+        self.in_phase = LappedSqueeze(bins)
+        self.in_quadrature = LappedSqueeze(bins, quadrature=True)
         self.enter = nn.Linear(mel.n_mels + 1, width)
         self.encoder = ConvNeXt(width, config.encoder_layers)
         self.norm = nn.LayerNorm(width)
+        # A Slaney mel of white noise lies 0.2 below the log level of a lapped bin.
+        self.level_bias = nn.Parameter(torch.full((bins,), 0.2))
+        self.level = _zero_linear(width, bins)
+        self.gains = _zero_linear(width, 2 * bins)
         self.register_buffer("band_to_bin", _interpolation(mel), persistent=False)
         source = total_context(self.pitch, self.source)
         # In a window that is cut out of an utterance, the F0 of the first frames is not yet right.
@@ -159,26 +195,95 @@ class FrameConditioner(Conditioner):
         self.context = Context(*map(max, zip(encoded, lapped, strict=True)))
 
     def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
-        """The condition; `state` is the source's phase (B,), float64, in cycles, at `anchor`."""
+        return self._condition(self._read(mel, mask), mel, mask, self._state(state, mel))
+
+    def fitted(
+        self, audio: Tensor, mel: Tensor, mask: Tensor | None = None, state: State = None
+    ) -> Fitted:
+        """The condition under the path that makes audio (B, F hop) likely, and the path's prior."""
+        if not self.has_path:
+            return super().fitted(audio, mel, mask, state)
+        read = self._read(mel, mask)
+        phase, _ = self._state(state, mel)
+        with torch.no_grad(), full_precision(mel):
+            path = self._path(audio, read, mask, phase)
+        state = phase, path.cycles
+        return Fitted(self._condition(read, mel, mask, state), state, path.log_prob)
+
+    def _read(self, mel: Tensor, mask: Tensor | None) -> "_Read":
+        """All of the features that the state leaves as they are."""
         x = self.normalise(mel)
         mask_l1 = None if mask is None else mask.transpose(1, 2)
-        # Envelope, pitch and phase under autocast would be heard.
+        # Envelope and pitch under autocast would be heard.
         with full_precision(mel):
             envelope = mel.transpose(1, 2) @ self.band_to_bin
             with torch.no_grad():
                 logits, voicing = self.pitch(x, mask_l1)
-                f0 = _hold_last(self.pitch.f0_hz(logits), mask)
-                if state is None and self.training:
-                    state = self.random_state(len(f0), f0.device)
-                anchor = 0 if state is None else min(self.anchor, f0.shape[1] - 1)
-                pulses = self.source(f0, state, anchor)[:, None]
-            edges = Condition(mel, mask)
+                f0 = self._f0(logits, mask)
+        voicing = voicing.sigmoid()[..., None]
+        h = self.norm(self.encoder(self.enter(torch.cat([x, voicing], -1)), mask_l1))
+        gain, quadrature_gain = self.gains(h).chunk(2, -1)
+        level = envelope + self.level_bias + self.level(h)
+        return _Read(h, f0, voicing, level, gain, quadrature_gain)
+
+    def _f0(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """F0 in Hz (B, F), held in the padding of a batch."""
+        return hold_last(self.pitch.f0_hz(logits), None if mask is None else mask[:, 0])
+
+    def _state(self, state: State, mel: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Phase and path. In training the phase of the start is any, so that none is learnt."""
+        if state is None and self.training:
+            state = self.random_state(len(mel), mel.device)
+        return (None, None) if state is None else state
+
+    def _turns(
+        self, read: "_Read", phase: Tensor | None, path: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Phase of the source in cycles and F0, (B, F, hop) float64."""
+        n_frames = read.f0.shape[1]
+        anchor = 0 if phase is None else min(self.anchor, n_frames - 1)
+        path = None if path is None else path[:, :n_frames]
+        return self.source.turns(read.f0, phase, anchor, path)
+
+    def _condition(
+        self,
+        read: "_Read",
+        mel: Tensor,
+        mask: Tensor | None,
+        state: tuple[Tensor | None, Tensor | None],
+    ) -> Condition:
+        edges = Condition(mel, mask)
+        with full_precision(mel):
+            turns, f0 = self._turns(read, *state)
+            pulses = self.source.pulses(turns, f0, mel.dtype)[:, None]
             source = self.in_phase(pulses, edges)[0].transpose(1, 2)
             quadrature = self.in_quadrature(pulses, edges)[0].transpose(1, 2)
-        h = self.enter(torch.cat([x, voicing.sigmoid()[..., None]], -1))
-        h = self.norm(self.encoder(h, mask_l1))
-        features = torch.cat([h, source, quadrature, envelope], -1)
+        shift = read.gain * source + read.quadrature_gain * quadrature
+        parts = [read.h, source, quadrature, shift, read.level, mel.transpose(1, 2)]
+        features = torch.cat(parts, -1)
         return Condition(features.transpose(1, 2), mask)
+
+    def _path(
+        self, audio: Tensor, read: "_Read", mask: Tensor | None, phase: Tensor | None
+    ) -> Path:
+        """The most likely path.
+
+        In the base u = y exp(-level) is noise minus the shift g E + q E', so its log-density has
+        the term -u (g E + q E'): the product of the pulses with the matched filter
+        -(T^-1 g u + T'^-1 q u). A weak preference for pulses in phase breaks the tie at the start
+        of a training, when g = q = 0.
+        """
+        turns, _ = self._turns(read, phase)
+        edges = Condition(read.level.transpose(1, 2), mask)
+        y = self.in_phase(audio[:, None], edges)[0].transpose(1, 2)
+        u = (y * (-read.level).exp()).clamp(-8, 8)
+        in_phase = ((IN_PHASE - read.gain) * u).transpose(1, 2)
+        in_quadrature = (read.quadrature_gain * u).transpose(1, 2)
+        matched = self.in_phase.inverse(in_phase, edges)[0]
+        matched = matched - self.in_quadrature.inverse(in_quadrature, edges)[0]
+        period = self.source.sample_rate / read.f0
+        scores = pulse_scores(matched[:, 0].unflatten(1, turns.shape[1:]), turns, period)
+        return best_path(scores * read.voicing, None if mask is None else mask[:, 0])
 
     @torch.no_grad()
     def carry(self, mel: Tensor, mask: Tensor | None, state: State, n_frames: int) -> State:
@@ -189,14 +294,18 @@ class FrameConditioner(Conditioner):
         with full_precision(mel):
             mask_l1 = None if mask is None else mask.transpose(1, 2)
             logits, _ = self.pitch(self.normalise(mel), mask_l1)
-            cycles = self.source.cycles(_hold_last(self.pitch.f0_hz(logits), mask))
-        if state is None:
-            return cycles[:, :end].sum(1).frac()
-        return (state + cycles[:, self.anchor : end].sum(1)).frac()
+            cycles = self.source.cycles(
+                hold_last(self.pitch.f0_hz(logits), None if mask is None else mask[:, 0])
+            )
+        phase, path = (None, None) if state is None else state
+        path = None if path is None else path[:, n_frames:]
+        if phase is None:
+            return cycles[:, :end].sum(1).frac(), path
+        return (phase + cycles[:, self.anchor : end].sum(1)).frac(), path
 
     def random_state(self, n_items: int, device: torch.device) -> State:
         """Any phase, because no phase of the source's start is to be learnt."""
-        return torch.rand(n_items, device=device).double()
+        return torch.rand(n_items, device=device).double(), None
 
     def pitch_loss(self, mel: Tensor, f0: Tensor, n_voiced: Tensor | None = None) -> Tensor:
         """`PitchHead.loss` for mels (B, M, F) and a tracker's F0 (B, F)."""
@@ -208,24 +317,28 @@ class FrameConditioner(Conditioner):
         return (mel.transpose(1, 2) + 5) / 3
 
 
-class BaseNetwork(nn.Module):
-    """Level and harmonic shift of every bin from the condition alone."""
+class _Read(NamedTuple):
+    """What a mel says, frame by frame (B, F, ...), before the source has a phase."""
+
+    h: Tensor
+    f0: Tensor
+    voicing: Tensor
+    level: Tensor
+    gain: Tensor
+    quadrature_gain: Tensor
+
+
+class BaseReader(nn.Module):
+    """Shift and level of every bin, which the conditioner has made."""
 
     context = Context()
 
     def __init__(self, layout: FeatureLayout) -> None:
         super().__init__()
         self.layout = layout
-        # A Slaney mel of white noise lies 0.2 below the log level of a lapped bin.
-        self.level_bias = nn.Parameter(torch.full((layout.bins,), 0.2))
-        self.level = _zero_linear(layout.encoder_channels, layout.bins)
-        self.gains = _zero_linear(layout.encoder_channels, 2 * layout.bins)
 
     def forward(self, passive: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        h, source, quadrature, envelope = self.layout.split(features)
-        level = envelope + self.level_bias + self.level(h)
-        gain, quadrature_gain = self.gains(h).chunk(2, -1)
-        shift = gain * source + quadrature_gain * quadrature
+        shift, level = self.layout.read(features, "shift", "level")
         return torch.cat([shift, -level], -1).transpose(1, 2)
 
 
@@ -245,7 +358,7 @@ class LevelNetwork(nn.Module):
         self.slope_and_offset = _zero_linear(layout.encoder_channels, 2 * n_active)
 
     def forward(self, passive: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        h, *_ = self.layout.split(features)
+        [h] = self.layout.read(features, "h")
         energy = zero_padding(passive.square(), mask)
         # Slices that are added: average pooling takes six times as long on a CPU.
         around = F.pad(energy.transpose(1, 2), (1, 2, 1, 1))
@@ -254,6 +367,63 @@ class LevelNetwork(nn.Module):
         slope, offset = self.slope_and_offset(h).chunk(2, -1)
         log_scale = offset + slope * (energy + 0.01).log()
         return torch.cat([torch.zeros_like(log_scale), log_scale], -1).transpose(1, 2)
+
+
+class MelLevelNetwork(LevelNetwork):
+    """A `LevelNetwork` that also hears how much of the mel the even bins leave to the odd ones.
+
+    The even bins alone, without the odd ones, are made into a signal, and its mel is compared with
+    the wanted one: log-scale + sum over three frames of c_i(h) r_i, with r half the logarithm of
+    the share of the energy that is missing, in the band of the bin. In a draw, it makes odd bins
+    louder where the even ones came out too quiet.
+    """
+
+    band_to_bin: Tensor
+
+    def __init__(self, layout: FeatureLayout, mel: MelConfig, odd_is_active: bool) -> None:
+        super().__init__(layout, layout.bins // 2)
+        self.active = slice(1, None, 2) if odd_is_active else slice(0, None, 2)
+        self.passive = slice(0, None, 2) if odd_is_active else slice(1, None, 2)
+        self.slopes = _zero_linear(layout.encoder_channels, 3 * (layout.bins // 2))
+        self.in_time = LappedSqueeze(layout.bins)
+        self.spectrogram = MelSpectrogram(mel)
+        self.register_buffer("band_to_bin", _interpolation(mel)[:, self.active], persistent=False)
+        # Samples of a lapped block reach into the next one; frames of the mel's STFT further.
+        edge = edge_padding(mel.n_fft, mel.hop_length, mel.padding)
+        before, after = edge, mel.n_fft - edge - mel.hop_length
+        reach = [2 + -(-max(side, 0) // mel.hop_length) for side in (before, after)]
+        self.context = Context(*reach)
+
+    def forward(self, passive: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        shift, log_scale = super().forward(passive, features, mask).transpose(1, 2).chunk(2, -1)
+        with full_precision(passive):
+            missing = self._missing(passive, features, mask)
+        [h] = self.layout.read(features, "h")
+        around = F.pad(missing, (0, 0, 1, 1))
+        for i, slope in enumerate(self.slopes(h).chunk(3, -1)):
+            log_scale = log_scale + slope * around[:, i : i + h.shape[1]]
+        return torch.cat([shift, log_scale], -1).transpose(1, 2)
+
+    def _missing(self, passive: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+        """Half the logarithm of the missing share of energy at odd bins, (B, L, bins / 2)."""
+        features = features.to(passive.dtype)
+        shift, level, mel = self.layout.read(features, "shift", "level", "mel")
+        passive = passive.transpose(1, 2) - shift[..., self.passive]
+        y = torch.zeros_like(level)
+        y[..., self.passive] = passive * level[..., self.passive].exp()
+        y = zero_padding(y.transpose(1, 2), mask)
+        audio = self.in_time.inverse(y, Condition(features, mask))[0][:, 0]
+        config = self.spectrogram.config
+        edge = edge_padding(config.n_fft, config.hop_length, config.padding)
+        # Zeros beyond the ends, as in the padding of a batch.
+        padded = F.pad(audio, (edge, config.n_fft - config.hop_length))
+        window = self.spectrogram.exact("window", audio)
+        spectrum = torch.fft.rfft(frame(padded, config.n_fft, config.hop_length) * window)
+        there = self.spectrogram.of_spectrum(spectrum[:, : mel.shape[1]])
+        log_share = (2 / config.power) * (there.clamp_min(1e-10).log() - mel)
+        missing = -torch.expm1(log_share.clamp_max(-LEAST_MISSING))
+        missing = 0.5 * missing.log() + HALF_MISSING
+        return zero_padding(missing.transpose(1, 2), mask).transpose(1, 2) @ self.band_to_bin
 
 
 class FrameNetwork(nn.Module):
@@ -276,7 +446,7 @@ class FrameNetwork(nn.Module):
         self.context = context_of(self.body)
 
     def forward(self, passive: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        h, source, quadrature, _ = self.layout.split(features)
+        h, source, quadrature = self.layout.read(features, "h", "source", "quadrature")
         p = passive.transpose(1, 2)
         demodulated = [p * source[..., self.passive], p * quadrature[..., self.passive]]
         x = self.enter(torch.cat([p, *demodulated, h], -1))
@@ -327,12 +497,3 @@ def _interpolation(mel: MelConfig) -> Tensor:
     matrix[upper, columns] = weight
     matrix[upper - 1, columns] = 1 - weight
     return matrix.float()
-
-
-def _hold_last(f0: Tensor, mask: Tensor | None) -> Tensor:
-    """F0 (B, L) with each item's last valid value held through its padding."""
-    if mask is None:
-        return f0
-    last = mask.sum((1, 2)).long().clamp_min(1) - 1
-    positions = torch.arange(f0.shape[1], device=f0.device)
-    return f0.gather(1, torch.minimum(positions[None], last[:, None]))

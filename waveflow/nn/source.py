@@ -32,13 +32,20 @@ class HarmonicSource(nn.Module):
         """Cycles (B, L), float64, by which the phase advances in each frame of f0 (B, L)."""
         return self._per_sample(f0).sum(2) / self.sample_rate
 
-    def forward(self, f0: Tensor, phase: Tensor | None = None, anchor: int = 0) -> Tensor:
-        """Pulses of an F0 contour.
+    def turns(
+        self,
+        f0: Tensor,
+        phase: Tensor | None = None,
+        anchor: int = 0,
+        path: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Phase of an F0 contour, -1/2 to 1/2 cycles, and F0 in Hz, both (B, L, hop) float64.
 
         Args:
             f0: (B, L).
             phase: (B,) float64, in cycles, where frame `anchor` begins; default 0.
             anchor: a frame, 0 to L - 1.
+            path: (B, L), cycles to add at the centres of frames.
         """
         per_sample = self._per_sample(f0)
         turns = (per_sample / self.sample_rate).cumsum(2)
@@ -49,14 +56,30 @@ class HarmonicSource(nn.Module):
         if phase is not None:
             begin += phase[:, None]
         turns += begin[..., None]
+        if path is not None:
+            turns += self._per_sample(path)
         # Nearest to 0, so that float32 resolves the pulses, where 1 / sin(phi / 2) is steep.
         turns -= turns.round()
+        return turns, per_sample
+
+    def forward(
+        self,
+        f0: Tensor,
+        phase: Tensor | None = None,
+        anchor: int = 0,
+        path: Tensor | None = None,
+    ) -> Tensor:
+        """Pulses of an F0 contour, (B, L hop); arguments as `turns`."""
+        return self.pulses(*self.turns(f0, phase, anchor, path), f0.dtype)
+
+    def pulses(self, turns: Tensor, per_sample: Tensor, dtype: torch.dtype) -> Tensor:
+        """Pulses (B, L hop) of the given phase."""
         n_harmonics = (self.sample_rate / 2 / per_sample).floor_()
         above = (n_harmonics + 0.5).mul_(turns)
         above -= above.round()
-        top = above.to(f0.dtype).mul_(2 * math.pi).sin_()
-        bottom = turns.to(f0.dtype).mul_(math.pi).sin_()
-        n_harmonics = n_harmonics.to(f0.dtype)
+        top = above.to(dtype).mul_(2 * math.pi).sin_()
+        bottom = turns.to(dtype).mul_(math.pi).sin_()
+        n_harmonics = n_harmonics.to(dtype)
         # 0/0 at the pulse itself, where the sum is K: masked before the division.
         at_pulse = bottom.abs() < 1e-4
         ratio = top.div_(bottom.masked_fill_(at_pulse, 1.0).mul_(2)).sub_(0.5)

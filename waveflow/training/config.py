@@ -41,9 +41,10 @@ class TrainConfig(BaseModel):
             run keeps a copy.
         learning_rate: the peak. The rate rises to it linearly in `warmup_steps`, then falls with
             1 / sqrt(1 + step / decay_steps), which does not need to know the end of the run.
+        cooldown_steps: the last ones of `steps`, in which the rate falls to zero; 0: none.
         rates: factors of the learning rate by the beginning of a parameter's name. The longest
             name that fits counts; 0 freezes. For fine-tuning:
-            `{conditioner = 0.1, "bijection.steps.1" = 0}`.
+            `{conditioner = 0.1, "bijection.steps.2" = 0}`.
         clip_norm: largest norm of the gradient; inf clips nothing.
         ema_decay: of the running mean of the weights, which is validated and shipped. Models with
             the step `BatchNorm` are not averaged.
@@ -76,6 +77,7 @@ class TrainConfig(BaseModel):
     rates: dict[str, Weight] = {}
     warmup_steps: Interval = 200
     decay_steps: Interval = 4000
+    cooldown_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
     weight_decay: Weight = 0.0
     clip_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)

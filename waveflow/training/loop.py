@@ -237,8 +237,9 @@ class Trainer:
         """Makes one optimizer step and returns its terms. Skips and counts a non-finite step."""
         config = self.recipe.train
         phase, begin = self._phase(self.step)
+        rate = learning_rate(config, self.step - begin, config.steps - self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["factor"] * learning_rate(config, self.step - begin)
+            group["lr"] = group["factor"] * rate
         values = self._gradients(phase)
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), config.clip_norm)
         values["gradient_norm"] = norm.item()
@@ -466,8 +467,9 @@ class Trainer:
     def _pace(self) -> dict[str, float]:
         """What the log says of a step beside its terms."""
         _, begin = self._phase(self.step - 1)
+        config, done = self.recipe.train, self.step - 1
         return {
-            "learning_rate": learning_rate(self.recipe.train, self.step - 1 - begin),
+            "learning_rate": learning_rate(config, done - begin, config.steps - done),
             "waiting_share": self.batches.waiting_share(),
             "skipped": self.skipped,
         }

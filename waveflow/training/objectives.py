@@ -11,14 +11,17 @@ from torch.nn import functional
 
 from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.audio.stft import overlap_add
-from waveflow.bijections import Condition
 from waveflow.errors import ConfigError
-from waveflow.flow import Flow, select_items
+from waveflow.flow import Fitted, Flow, select_items
 from waveflow.objective import Batch, Loss, Phase
 from waveflow.training.config import Recipe
 
-WINDOWS = (128, 256, 512, 1024, 2048)
+# The two shortest see single pulses of a voice.
+WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)
 LOG_FLOOR = 1e-4
+# Random filters of a step for each window, their size in frames and bins, and the weight of what
+# they see.
+N_FILTERS, FILTER_SIZE, SLICES_WEIGHT = 8, 5, 4.0
 
 
 def phases(
@@ -65,7 +68,13 @@ class SpectralDistance(nn.Module):
 
         d = 1/9 sum_w (mean |S_w(a) - S_w(b)| / mean S_w(x)
                        + mean over frames of rms over bins of log S_w(a) - log S_w(b))
-            + 4/3 mean |mel(a) - mel(b)|,        S_w = |STFT_w| sqrt(2 / w), hop w / 4
+            + 4/3 mean |mel(a) - mel(b)| + 4 mean_w slices_w,
+        S_w = |STFT_w| sqrt(2 / w), hop w / 4
+
+    The first terms see one bin or one frame. `slices` sees patches of frames and bins, where
+    bursts, onsets and the valleys between harmonics are: the L1 distance of log S_w behind random
+    filters, which every step draws anew. Distributions whose projections all agree are equal
+    (Cramer and Wold 1936).
     """
 
     def __init__(self, mel: MelConfig) -> None:
@@ -74,7 +83,7 @@ class SpectralDistance(nn.Module):
 
     @torch.no_grad()
     def levels(self, speech: Tensor) -> Tensor:
-        """mean S_w(x) of speech (B, T), for each window (5,)."""
+        """mean S_w(x) of speech (B, T), for each window (7,)."""
         return torch.stack([_Magnitudes.apply(speech, window).mean() for window in WINDOWS])
 
     def energy_distance(
@@ -95,9 +104,21 @@ class SpectralDistance(nn.Module):
         for index, window in enumerate(WINDOWS):
             linear = _Magnitudes.apply(both, window)
             level = linear[: len(speech)].detach().mean() if levels is None else levels[index]
+            logarithms = linear.clamp_min(LOG_FLOOR).log()
             total = total + _energy(linear / level, _l1) / 9
-            total = total + _energy(linear.clamp_min(LOG_FLOOR).log(), _frame_rms) / 9
+            total = total + _energy(logarithms, _frame_rms) / 9
+            if min(logarithms.shape[1:]) > FILTER_SIZE and window > 32:
+                slices = _energy(self._slices(logarithms), _l1)
+                total = total + SLICES_WEIGHT / len(WINDOWS) * slices
         return total + 4 / 3 * _energy(self.mel(both), _l1)
+
+    def _slices(self, logarithms: Tensor) -> Tensor:
+        """Random projections of patches of (N, frames, bins), every second place from 0 or 1 on."""
+        shape = N_FILTERS, 1, FILTER_SIZE, FILTER_SIZE
+        filters = torch.randn(shape, device=logarithms.device)
+        filters = filters / filters.flatten(1).norm(dim=1)[:, None, None, None]
+        down, right = torch.randint(2, (2,)).tolist()
+        return functional.conv2d(logarithms[:, None, down:, right:], filters, stride=2)
 
 
 class FlowLoss:
@@ -128,8 +149,11 @@ class FlowLoss:
             batch.audio.device.type, torch.bfloat16, enabled=config.precision == "bf16"
         )
         with autocast, noted_log_derivatives(bijection) as speech_path:
-            cond = self._condition(batch)
+            cond, _, prior = self._fitted(batch)
             own = self.flow.training_loss(batch, cond)
+            if prior is not None and "nll" in own:
+                per_sample = prior.sum(1).mean() / batch.audio.shape[1]
+                own["nll"] = own["nll"] - per_sample.to(own["nll"].dtype)
         value = config.likelihood_weight * torch.stack([*own.values()]).sum()
         # A log-likelihood is reported as such, not as a loss.
         terms = {name: term for name, term in own.items() if name != "nll"}
@@ -151,13 +175,13 @@ class FlowLoss:
             value = value + config.calibration_weight * terms["calibration"]
         return Loss(value, terms)
 
-    def _condition(self, batch: Batch) -> Condition:
+    def _fitted(self, batch: Batch) -> Fitted:
         state = None
         if self.flow.training:
             share = batch.share
             whole = self.flow.conditioner.random_state(share.total, batch.mel.device)
             state = select_items(whole, slice(share.start, share.stop))
-        return self.flow.condition(batch.mel, state=state)
+        return self.flow.fitted(batch.audio, batch.mel, state=state)
 
     def _noise(self, batch: Batch) -> Tensor:
         """z ~ N(0, 1) of two draws for each item, (2 B, C, L)."""

@@ -60,10 +60,12 @@ def parameter_groups(flow: Flow, rates: Mapping[str, float]) -> list[dict[str, A
     return [{"params": params, "factor": factor} for factor, params in groups.items()]
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then 1 / sqrt(1 + step / decay_steps)."""
-    warmup = min(1.0, (step + 1) / config.warmup_steps)
-    return config.learning_rate * warmup / math.sqrt(1 + step / config.decay_steps)
+def learning_rate(config: TrainConfig, step: int, steps_left: float) -> float:
+    """Linear warm-up, then 1 / sqrt(1 + step / decay_steps), and a linear end at zero."""
+    factor = min(1.0, (step + 1) / config.warmup_steps)
+    if config.cooldown_steps:
+        factor *= min(1.0, steps_left / config.cooldown_steps)
+    return config.learning_rate * factor / math.sqrt(1 + step / config.decay_steps)
 
 
 @torch.no_grad()

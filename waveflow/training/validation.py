@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -150,12 +150,14 @@ def _likelihoods(
 ) -> tuple[Tensor, Tensor]:
     """The columns of a clip (1, T) after the first, float64, and its draw (1, at most T)."""
     length = audio.shape[1]
-    cond = flow.condition(mel).crop(length // flow.channels)
+    fitted = flow.fitted(audio, mel)
     with record_step_log_dets(steps) as log_dets:
-        log_prob, z = flow.log_prob(audio, cond)
+        cond = fitted.cond.crop(length // flow.channels)
+        log_prob, z = flow.log_prob(audio, cond, fitted.log_prob)
     n_drawn = _n_drawn(flow, noise.shape[2], n_clips)
-    draw, _ = flow.bijection.inverse(noise[:, :, :n_drawn], cond.crop(n_drawn))
-    draw_log_prob = flow.log_prob(draw[:, 0], cond.crop(n_drawn))[0]
+    cond = flow.condition(mel).crop(n_drawn)
+    draw, _ = flow.bijection.inverse(noise[:, :, :n_drawn], cond)
+    draw_log_prob = flow(draw[:, 0], mel)
     log_probs = torch.cat([log_prob, draw_log_prob]).double() * length
     parts = [log_dets[name].double() for name in steps]
     return torch.cat([log_probs, power_sums(z), *parts]), draw[:, 0]
@@ -213,23 +215,27 @@ def latent_statistics(sums: Tensor, n_values: float) -> LatentStatistics:
 
 
 def learned_steps(bijection: Bijection) -> dict[str, Bijection]:
-    """The innermost steps that have weights, in the order of the flow, by name.
+    """The innermost steps with weights or a map of their own, in the order of the flow, by name.
 
     A name is a number and the type: "03_coupling".
     """
     steps: list[Bijection] = []
 
+    def has_volume(module: nn.Module) -> TypeGuard[Bijection]:
+        learned = next(module.parameters(), None) is not None or hasattr(module, "map")
+        return isinstance(module, Bijection) and learned
+
     def visit(module: nn.Module) -> None:
         # An Inverse runs its inner step backwards; only its own result has the sign of the path.
-        innermost = isinstance(module, Inverse) or not any(
-            isinstance(part, Bijection) for part in list(module.modules())[1:]
-        )
-        if isinstance(module, Bijection) and innermost:
-            if next(module.parameters(), None) is not None:
-                steps.append(module)
+        innermost = isinstance(module, Inverse) or not any(map(has_volume, parts_of(module)))
+        if has_volume(module) and innermost:
+            steps.append(module)
         else:
             for child in module.children():
                 visit(child)
+
+    def parts_of(module: nn.Module) -> list[nn.Module]:
+        return list(module.modules())[1:]
 
     visit(bijection)
     return {f"{i:02d}_{type(step).__name__.lower()}": step for i, step in enumerate(steps, 1)}
