@@ -183,12 +183,14 @@ def test_memory_that_was_freed_again_counts() -> None:
 
 
 def test_first_audio(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first_audio.main([str(tiny_model), "--runs", "1"])
+    first_audio.main([str(tiny_model), "--runs", "1", "--look-ahead", "0.1"])
     rows = words(capsys, str(tiny_model))
-    assert [row[1:-3] for row in rows] == [["plain"], ["engine", "float32"]]
+    paths = [["plain"], ["plain"], ["engine", "float32"], ["engine", "float32"]]
+    assert [row[1:-4] for row in rows] == paths
     for row in rows:
-        mel_seconds, look_ahead, _ = map(float, row[-3:])
+        mel_seconds, look_ahead, _, decibels = map(float, row[-4:])
         assert look_ahead < mel_seconds < 2 * look_ahead + 2 * first_audio.PIECE_SECONDS
+        assert decibels < (-100 if look_ahead > 0.1 else -10)
 
 
 def test_quality(tiny_model: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -386,7 +386,8 @@ class Vocoder:
     def log_prob(self, audio: Tensor | np.ndarray, mel: Tensor | np.ndarray) -> Tensor:
         """The density at `audio`, (B,), in nats per audio sample; higher is better.
 
-        Where `is_bound` holds (a VAE) it is an estimate of a lower bound.
+        Where `is_bound` holds it is a lower bound: an estimate of one for a VAE, and for a
+        FrameGlow the density given the best phase path, with the prior of that path.
         Uses the first floor(T / hop_length) hops of the audio and as many frames. To compare
         16-bit recordings, dequantise them first (`waveflow.audio.dequantise`).
         """

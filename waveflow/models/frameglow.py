@@ -1,8 +1,9 @@
 """FrameGlow: WaveGlow moved to the mel-frame rate, with a harmonic source from the mel.
 
     x --LappedSqueeze(hop)--> y (B, hop bins, L frames)
-    u = y exp(-envelope(mel)) + source(mel)                     the mel-informed base
-    levels: odd bins by the energy of even ones, then the same among the even ones
+    u = y exp(-level(mel)) + source(mel, path)                  the mel-informed base
+    levels: even bins by the odd ones and the mel, odd ones by the even ones and the mel, then
+            among the even ones
     K times: affine coupling on even / odd bins, invertible 1x1 convolution
     z ~ N(0, 1)
 
@@ -12,7 +13,9 @@ mel tells each band's level, so the flow starts close to right. It tells the pit
 the phase: a head reads F0 from the mel, a pulse train follows it, and its lapped transform E
 (with the one in quadrature: amplitude and phase in each bin) enters every coupling, as a
 shift and as "demodulated" inputs, the passive bins times E, which are the phase of the signal
-relative to the source. E is a function of the mel, so the likelihood stays exact.
+relative to the source. For given speech the source's phase follows a path that is found in the
+speech (`nn/phase_path.py`); the density given that path is exact, and with the path's prior it is a
+lower bound. docs/frameglow.md explains all of it.
 """
 
 import itertools
@@ -152,7 +155,8 @@ class FeatureLayout:
         self.n_mels = mel.n_mels
         sizes = [self.encoder_channels, *4 * [self.bins], self.n_mels]
         ends = list(itertools.accumulate(sizes))
-        self.slices = dict(zip(PARTS, map(slice, [0, *ends], ends), strict=False))
+        starts = [0, *ends[:-1]]
+        self.slices = dict(zip(PARTS, map(slice, starts, ends), strict=True))
 
     def read(self, features: Tensor, *names: str) -> list[Tensor]:
         """Parts (B, L, size) of features (B, M, L)."""
@@ -259,6 +263,7 @@ class FrameConditioner(Conditioner):
             source = self.in_phase(pulses, edges)[0].transpose(1, 2)
             quadrature = self.in_quadrature(pulses, edges)[0].transpose(1, 2)
         shift = read.gain * source + read.quadrature_gain * quadrature
+        # In the order of PARTS.
         parts = [read.h, source, quadrature, shift, read.level, mel.transpose(1, 2)]
         features = torch.cat(parts, -1)
         return Condition(features.transpose(1, 2), mask)
@@ -294,9 +299,7 @@ class FrameConditioner(Conditioner):
         with full_precision(mel):
             mask_l1 = None if mask is None else mask.transpose(1, 2)
             logits, _ = self.pitch(self.normalise(mel), mask_l1)
-            cycles = self.source.cycles(
-                hold_last(self.pitch.f0_hz(logits), None if mask is None else mask[:, 0])
-            )
+            cycles = self.source.cycles(self._f0(logits, mask))
         phase, path = (None, None) if state is None else state
         path = None if path is None else path[:, n_frames:]
         if phase is None:
