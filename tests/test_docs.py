@@ -1,52 +1,34 @@
-"""README, docs/ and recipes/: their commands exist, their code runs, their links lead somewhere."""
+"""README, docs/ and recipes/: verbs and options exist, links lead somewhere, fences are named.
+
+test_commands.py runs the commands, test_blocks.py the Python.
+"""
 
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
-import torch
 import typer.main
-from conftest import make_voice
+from pages import PAGES, fences, identity, inline, shown
 
-import waveflow
 from waveflow.cli.main import app
 
-ROOT = Path(__file__).parent.parent
-PAGES = [
-    ROOT / "README.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
-    *sorted((ROOT / "recipes").rglob("*.md")),
-    *sorted((ROOT / "pretrained").rglob("*.md")),
-]
 VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each `waveflow` command in the indented lines and between backticks."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    shown = re.findall(r"^ {4}(.*)$", text, re.MULTILINE) + re.findall(r"`([^`]+)`", text)
-    for line in shown:
-        for part in re.split(r"&&|\|", re.sub(r"\s# .*", "", " ".join(line.split()))):
+def mentions(page: Path) -> Iterator[list[str]]:
+    """The words of each `waveflow` command, also of those without their files."""
+    text = page.read_text(encoding="utf-8")
+    for line in (*shown(text), *inline(text)):
+        for part in re.split(r"&&|\|", line):
             if match := re.match(r" *(?:torchrun .* -m )?waveflow ([a-z].*)", part):
                 yield shlex.split(match[1])
 
 
-def code_blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
-
-
-def identity(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
 @pytest.mark.parametrize("page", PAGES, ids=identity)
 def test_commands_have_these_verbs_and_options(page: Path) -> None:
-    for verb, *words in commands(page):
+    for verb, *words in mentions(page):
         assert verb in VERBS, f"waveflow {verb}"
         known = {name for param in VERBS[verb].params for name in param.opts}
         given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
@@ -55,7 +37,7 @@ def test_commands_have_these_verbs_and_options(page: Path) -> None:
 
 def test_pages_have_commands() -> None:
     """Else a pattern that finds nothing would pass above."""
-    verbs = {words[0] for page in PAGES for words in commands(page)}
+    verbs = {words[0] for page in PAGES for words in mentions(page)}
     assert verbs == set(VERBS)
 
 
@@ -66,27 +48,9 @@ def test_links_lead_to_files(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-def test_the_code_of_readme_and_pages_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    soundfile.write("in.wav", make_voice(1.0), 22050)
-    vocoder = waveflow.load()
-    mel = vocoder.mel(torch.from_numpy(make_voice(0.5)))
-    names = {
-        "audio": torch.from_numpy(make_voice(0.5)),
-        "mel": mel,
-        "mels": torch.stack([mel, mel]),
-        "frames": torch.tensor([mel.shape[1], 20]),
-        "mel_pieces": mel.split(10, dim=1),
-        "play": lambda piece: None,
-    }
-    blocks = [
-        block
-        for page in ("README.md", "docs/index.md", "docs/using.md", "docs/flows.md", "docs/say.md")
-        for block in code_blocks(ROOT / page)
-        if 'device="cuda"' not in block and "org/name" not in block
-    ]
-    assert len(blocks) == 5
-    for block in blocks:
-        exec(block, names | {"__name__": "block"})
-    wav, _ = soundfile.read("out.wav")
-    assert np.isfinite(wav).all() and 22050 - 256 <= len(wav) <= 22050 + 256
+@pytest.mark.parametrize("page", PAGES, ids=identity)
+def test_a_fence_says_what_it_holds(page: Path) -> None:
+    """By that the tests know what to run."""
+    text = page.read_text(encoding="utf-8")
+    assert {fence.kind for fence in fences(text)} <= {"python", "sh", "text"}
+    assert 2 * len(fences(text)) == len(re.findall(r"```|~~~", text))

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from pages import code_blocks
 from small_models import SMALL
 from test_cli import Run, assert_one_line, run, samples  # noqa: F401  (run is a fixture)
 from torch import Tensor
 
+import waveflow
 from waveflow.audio.mel import MEL_PRESETS, MelConfig
 from waveflow.audio.mel_names import convention_named
 from waveflow.checkpoint import ModelConfig, Provenance, SynthesisConfig
@@ -185,6 +187,24 @@ def test_the_other_way(vocoder: Vocoder, mel: Tensor, tmp_path: Path) -> None:
     torch.testing.assert_close(log_prob, expected, rtol=1e-3, atol=1e-3)
     with pytest.raises(ConfigError, match=r"ends in \.onnx"):
         export_listener(vocoder, tmp_path / "listen.pt2")
+
+
+def test_the_python_of_the_page(
+    make: Callable[..., tuple[Path, Export]],
+    vocoder: Vocoder,
+    mel: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("sherpa_onnx", reason="the page has a line for the package sherpa-onnx")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(waveflow, "load", lambda: vocoder)
+    make()[0].rename("frameglow.onnx")
+    np.save("mel.npy", mel.numpy())
+    names: dict[str, Any] = {}
+    for block in code_blocks((ROOT / "docs" / "onnx.md").read_text(encoding="utf-8")):
+        exec(block, names)
+    assert names["audio"].shape == (1, 120 * 256) and Path("listen.onnx").is_file()
 
 
 def test_a_program_of_torch_export(

@@ -71,8 +71,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- transformers ---
 
 
-@pytest.fixture(scope="module")
-def speecht5() -> Any:
+def small_speecht5() -> Any:
     transformers = imported("transformers")
     sizes = {"hidden_size": 16, "vocab_size": 20, "speaker_embedding_dim": 8}
     for side in ("encoder", "decoder"):
@@ -80,6 +79,11 @@ def speecht5() -> Any:
     config = transformers.SpeechT5Config(**sizes, speech_decoder_prenet_units=16)
     torch.manual_seed(0)
     return transformers.SpeechT5ForTextToSpeech(config).eval()
+
+
+@pytest.fixture(scope="module")
+def speecht5() -> Any:
+    return small_speecht5()
 
 
 SPEAKER = torch.ones(1, 8)
@@ -112,7 +116,7 @@ def test_speecht5_in_batches_with_lengths(speecht5: Any, vocoder: Vocoder) -> No
     assert all(length % HOP == 0 for length in lengths)
 
 
-def fastspeech2_sizes() -> dict[str, Any]:
+def fastspeech2_config() -> Any:
     sizes: dict[str, Any] = {
         "hidden_size": 16,
         "vocab_size": 20,
@@ -124,19 +128,32 @@ def fastspeech2_sizes() -> dict[str, Any]:
     }
     for side in ("encoder", "decoder"):
         sizes |= {f"{side}_layers": 1, f"{side}_num_attention_heads": 2, f"{side}_linear_units": 16}
-    return sizes
+    return imported("transformers").FastSpeech2ConformerConfig(**sizes)
+
+
+def small_fastspeech2() -> Any:
+    return imported("transformers").FastSpeech2ConformerModel(fastspeech2_config()).eval()
+
+
+def small_fastspeech2_with_hifigan() -> Any:
+    transformers = imported("transformers")
+    hifigan = transformers.FastSpeech2ConformerHifiGanConfig(upsample_initial_channel=16)
+    whole = transformers.FastSpeech2ConformerWithHifiGanConfig(
+        model_config=fastspeech2_config().to_dict(), vocoder_config=hifigan.to_dict()
+    )
+    return transformers.FastSpeech2ConformerWithHifiGan(whole).eval()
+
+
+def small_tokenizer() -> Any:
+    transformers, tokenizers = imported("transformers"), imported("tokenizers")
+    words = {"[UNK]": 0, "hello": 3, "world": 4}
+    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=letters)
 
 
 def test_fastspeech2_conformers_slot(vocoder: Vocoder) -> None:
-    transformers = imported("transformers")
-    config = transformers.FastSpeech2ConformerConfig(**fastspeech2_sizes())
-    whole = transformers.FastSpeech2ConformerWithHifiGanConfig(
-        model_config=config.to_dict(),
-        vocoder_config=transformers.FastSpeech2ConformerHifiGanConfig(
-            upsample_initial_channel=16
-        ).to_dict(),
-    )
-    model = transformers.FastSpeech2ConformerWithHifiGan(whole).eval()
+    model = small_fastspeech2_with_hifigan()
     model.vocoder = TransformersVocoder(vocoder, **ANY)
     with torch.no_grad():
         made = model(TEXT, return_dict=True)
@@ -147,14 +164,9 @@ def test_fastspeech2_conformers_slot(vocoder: Vocoder) -> None:
 
 
 def test_the_text_to_audio_pipeline(vocoder: Vocoder) -> None:
-    transformers, tokenizers = imported("transformers"), imported("tokenizers")
-    words = {"[UNK]": 0, "hello": 3, "world": 4}
-    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    letters.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    config = transformers.FastSpeech2ConformerConfig(**fastspeech2_sizes())
-    pipeline = transformers.TextToAudioPipeline(
-        model=transformers.FastSpeech2ConformerModel(config).eval(),
-        tokenizer=transformers.PreTrainedTokenizerFast(tokenizer_object=letters),
+    pipeline = imported("transformers").TextToAudioPipeline(
+        model=small_fastspeech2(),
+        tokenizer=small_tokenizer(),
         vocoder=TransformersVocoder(vocoder, **ANY),
     )
     made = pipeline("hello world hello world")

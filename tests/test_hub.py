@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from hub_server import Files, HubServer
+from pages import ROOT, code_blocks
 
 import waveflow
 from waveflow.checkpoint import load_checkpoint, save_checkpoint
@@ -147,6 +148,16 @@ def test_a_revision_is_pinned(hub: HubServer, tiny: Files) -> None:
     ):
         assert waveflow.load(name).config.synthesis.sigma == sigma
     assert "org/pinned on the Hub has no revision 'v9'" in refused_load("org/pinned@v9")
+
+
+def test_the_python_of_the_page(hub: HubServer, tiny: Files, tiny_model: Path) -> None:
+    page = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
+    [block] = [block for block in code_blocks(page) if "org/name" in block]
+    commit = hub.add("org/name", tiny)
+    write(Path("runs"), {})
+    write(Path("runs/x"), contents(tiny_model))
+    exec(block.replace("@revision", f"@{commit}"), {"waveflow": waveflow})
+    assert len(hub.commits["org/name"]) == 2
 
 
 def test_verbs_take_the_name(

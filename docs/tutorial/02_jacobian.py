@@ -150,8 +150,7 @@ for axis, corners, name in zip(axes, (small, image), ("x", "z"), strict=True):
 # %% [markdown]
 # The Jacobian of this coupling is triangular, because z1 does not depend on x2:
 #
-#     1      0
-#     ...    exp(s(x1))
+#     J = [[1, 0], [..., exp(s(x1))]]
 #
 # The determinant of a triangular matrix is the product of its diagonal, here exp(s(x1)). So
 # log_det is s(x1), and nobody computes a determinant. The corner marked `...` holds the
