@@ -62,15 +62,9 @@ class HarmonicSource(nn.Module):
         turns -= turns.round()
         return turns, per_sample
 
-    def forward(
-        self,
-        f0: Tensor,
-        phase: Tensor | None = None,
-        anchor: int = 0,
-        path: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, f0: Tensor, phase: Tensor | None = None, anchor: int = 0) -> Tensor:
         """Pulses of an F0 contour, (B, L hop); arguments as `turns`."""
-        return self.pulses(*self.turns(f0, phase, anchor, path), f0.dtype)
+        return self.pulses(*self.turns(f0, phase, anchor), f0.dtype)
 
     def pulses(self, turns: Tensor, per_sample: Tensor, dtype: torch.dtype) -> Tensor:
         """Pulses (B, L hop) of the given phase."""

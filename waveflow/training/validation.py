@@ -227,15 +227,13 @@ def learned_steps(bijection: Bijection) -> dict[str, Bijection]:
 
     def visit(module: nn.Module) -> None:
         # An Inverse runs its inner step backwards; only its own result has the sign of the path.
-        innermost = isinstance(module, Inverse) or not any(map(has_volume, parts_of(module)))
+        parts = list(module.modules())[1:]
+        innermost = isinstance(module, Inverse) or not any(map(has_volume, parts))
         if has_volume(module) and innermost:
             steps.append(module)
         else:
             for child in module.children():
                 visit(child)
-
-    def parts_of(module: nn.Module) -> list[nn.Module]:
-        return list(module.modules())[1:]
 
     visit(bijection)
     return {f"{i:02d}_{type(step).__name__.lower()}": step for i, step in enumerate(steps, 1)}
