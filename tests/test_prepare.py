@@ -234,6 +234,54 @@ def test_a_folder_in_another_gives_its_clips_once(corpus, tmp_path, reads):
     assert prepare([corpus.parent, corpus], tmp_path / "cache", MEL, workers=1).kept == N_CLIPS
 
 
+# --- speeds ---
+
+
+@needs_pyworld
+def test_recordings_for_training_are_there_at_other_speeds_too(tmp_path: Path) -> None:
+    (tmp_path / "tone" / "wavs").mkdir(parents=True)
+    phase = 2 * np.pi * 150 / RATE * np.arange(RATE)
+    tone = 0.03 * sum(np.sin(k * phase) for k in range(1, 20))
+    for name in "ab":
+        write(tmp_path / "tone" / "wavs" / f"{name}.wav", tone * (1 if name == "a" else 0.9))
+    (tmp_path / "tone" / "metadata.csv").write_text("a|one\nb|two\n")
+    (tmp_path / "tone" / "val.txt").write_text("b\n")
+    out = tmp_path / "cache"
+    prepare([tmp_path / "tone"], out, MEL, workers=1)
+    report = prepare([tmp_path / "tone"], out, MEL, workers=1, speeds=[1.25, 0.8])
+    assert report.kept == 2  # the recordings as they are were read before
+    assert "played at 1.25 times the speed (1 of 4 clips)" in report.notes
+    cache = TrainingCache(out)
+    clips = {(clip.corpus, clip.id, clip.split): clip for clip in cache.manifest.clips}
+    expected = [("tone", "a", "train"), ("tone", "b", "val"), ("tone x1.25", "a", "train")]
+    assert list(clips) == [*expected, ("tone x0.8", "a", "train")]
+    for (corpus, _, _), clip in clips.items():
+        speed = float(corpus.partition("x")[2] or 1)
+        assert clip.samples == pytest.approx(RATE / speed, abs=2)
+        assert np.median(cache.f0(clip)) == pytest.approx(150 * speed, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "message"),
+    [
+        ([3.0], "speed 3: give a number from 0.5 to 2"),
+        ([float("nan")], "speed nan: give a number"),
+        ([1.0], "not 1, which is there anyway"),
+        ([1.1, 1.2, 1.1], "speed 1.1 is given twice"),
+    ],
+)
+def test_a_speed_out_of_range_is_refused(corpus, tmp_path, speeds, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare([corpus], tmp_path / "cache", MEL, workers=1, speeds=speeds)
+    assert names_in(tmp_path) == ["voice"]
+
+
+def test_speeds_do_not_go_with_mels(corpus, tmp_path, capsys) -> None:
+    command = ["prepare", str(corpus), "-o", str(tmp_path / "cache"), "--speed", "1.1"]
+    assert main([*command, "--mels", str(corpus)]) == 2
+    assert "have the speed of the recordings" in capsys.readouterr().err
+
+
 # --- going on ---
 
 

@@ -147,15 +147,14 @@ def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_learning_rate_rises_and_falls() -> None:
     config = TrainConfig(learning_rate=2.0, warmup_steps=10, decay_steps=100)
-    rates = [learning_rate(config, step, math.inf) for step in range(1000)]
+    rates = [learning_rate(config, step, 1000 - step, 0) for step in range(1000)]
     assert rates[0] == pytest.approx(0.2)
     assert np.argmax(rates) == 9
     assert rates[4] == pytest.approx(2.0 * 5 / 10 / math.sqrt(1.04))
     assert rates[300] == pytest.approx(1.0)  # 1 / sqrt(1 + 3)
     assert (np.diff(rates[10:]) < 0).all()
     # The last steps go down to zero, and those before are as they were.
-    ending = config.model_copy(update={"cooldown_steps": 50})
-    ended = [learning_rate(ending, step, 1000 - step) for step in range(1001)]
+    ended = [learning_rate(config, step, 1000 - step, 50) for step in range(1001)]
     assert ended[:950] == rates[:950]
     assert ended[975] == pytest.approx(rates[975] / 2)
     assert ended[1000] == 0

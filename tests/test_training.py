@@ -324,6 +324,15 @@ def test_the_recipe_reaches_the_optimizer(cache: TrainingCache, tmp_path: Path) 
         assert rates == {0.5: pytest.approx(0.25e-3), 1.0: pytest.approx(0.5e-3)}
 
 
+def test_the_pitch_heads_rate_ends_at_zero(cache: TrainingCache, tmp_path: Path) -> None:
+    """It is frozen afterwards, and better for it."""
+    settings = recipe(pitch_steps=40, steps=80, warmup_steps=1, decay_steps=10**6)
+    rate = Trainer(settings, cache, tmp_path / "run")._rate
+    peak = settings.train.learning_rate
+    rates = [rate(step) / peak for step in (0, 20, 30, 39, 40, 79)]
+    assert rates == pytest.approx([1, 1, 0.5, 0.05, 1, 1], rel=1e-3)
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped(
     cache: TrainingCache,

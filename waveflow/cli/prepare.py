@@ -1,5 +1,6 @@
 """`waveflow prepare`: makes a training cache from recordings."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,6 +60,15 @@ def prepare(
             help="Processes. Default: one per core; under torchrun the process alone.",
         ),
     ] = None,
+    speed: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--speed",
+            metavar="X",
+            help="Train on all recordings at X times their speed as well: other voices. May be "
+            "given more than once.",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Also read again what is done already.")
     ] = False,
@@ -72,13 +82,17 @@ def prepare(
     CACHE/report.json. An interrupted run goes on where it stopped. Under torchrun
     the processes share the work.
 
+    With --speed 1.12 each recording for training is there twice, the second time
+    with pitch and formants 12 % higher. Below 1 the highest frequencies are empty,
+    unless the recordings have a higher rate than the mel.
+
     With --mels (bands, frames; natural logarithms; aligned with the recordings), a
     clip whose mel is missing, or off by more than 3 frames, is left out and listed.
 
     \b
     Examples:
       waveflow prepare LJSpeech-1.1.tar.bz2 -o data/lj
-      waveflow prepare kathleen nathalie -o data/two --workers 4
+      waveflow prepare kathleen nathalie -o data/two --workers 4 --speed 1.12
       waveflow prepare recordings -o data/24k --mel recipe.toml
       waveflow prepare LJSpeech-1.1 -o data/tuned --mels tacotron-mels
       torchrun --nproc-per-node 8 -m waveflow prepare VCTK -o data/vctk
@@ -95,7 +109,7 @@ def prepare(
         corpora.append(group.main_first("download", lambda: download_ljspeech(beside)))
     if workers is None and group.world_size > 1:
         workers = 1
-    report = make_cache(corpora, out, settings, workers, force, mels, group)
+    report = make_cache(corpora, out, settings, workers, force, mels, group, speed or ())
     if group.rank == 0:
         for line in (f"{out}: {report.amounts()}", *report.lines()):
             show(line)
@@ -111,12 +125,13 @@ def make_cache(
     force: bool = False,
     mels: Path | None = None,
     group: Group = ALONE,
+    speeds: Sequence[float] = (),
 ) -> "PrepareReport":
     """`waveflow.data.prepare.prepare` with a progress bar."""
     from waveflow.data.prepare import prepare as prepare_cache
 
     with counting("preparing", group) as progress:
-        return prepare_cache(corpora, out, mel, progress, workers, force, mels, group)
+        return prepare_cache(corpora, out, mel, progress, workers, force, mels, group, speeds)
 
 
 def note_report(report: "PrepareReport") -> None:

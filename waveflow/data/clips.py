@@ -139,6 +139,7 @@ class ClipTask(NamedTuple):
         sample_rate: sample rate of the cache, in Hz.
         hop_length: hop of the cache, in samples.
         mel: the mel to keep with it; None for none.
+        speed: at which it is played, which moves pitch and formants too.
     """
 
     path: Path
@@ -147,16 +148,24 @@ class ClipTask(NamedTuple):
     sample_rate: int
     hop_length: int
     mel: GivenMel | None
+    speed: float = 1.0
 
 
 def clip_key(
-    path: Path, sample_rate: int, hop_length: int, f0_settings: dict, mel: GivenMel | None
+    path: Path,
+    sample_rate: int,
+    hop_length: int,
+    f0_settings: dict,
+    mel: GivenMel | None,
+    speed: float,
 ) -> str:
     """Returns a name for the result of a file, which changes with it, its mel or a setting."""
     parts: list[object] = [_READING, *_version(path), sample_rate, hop_length, f0_settings]
     if mel is not None:
         mel_path = mel.path()
         parts += [mel.n_mels, mel.extra_frames, mel_path and _version(mel_path)]
+    if speed != 1:
+        parts += ["speed", speed]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -233,8 +242,12 @@ def read_clip(task: ClipTask) -> Clip | Refusal:
         return Refusal(reason="clipped", detail=detail)
     audio, offset_notes = without_offset(audio, source_rate)  # which moves what is clipped
     notes += offset_notes
+    rate = round(source_rate * task.speed)
+    if task.speed != 1:
+        notes.append(f"played at {task.speed:g} times the speed")
+    if rate != task.sample_rate:
+        audio = resample(audio, rate, task.sample_rate)
     if source_rate != task.sample_rate:
-        audio = resample(audio, source_rate, task.sample_rate)
         notes.append(f"resampled from {source_rate} Hz to {task.sample_rate} Hz")
     if len(audio) < hop:
         detail = f"{path} is shorter than one hop: {len(audio)} of {hop} samples"

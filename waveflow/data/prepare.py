@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -50,12 +51,14 @@ from waveflow.data.clips import (
 from waveflow.data.corpus import Corpus, CorpusClip, read_corpus, shown, val_ids
 from waveflow.data.report import LeftOut, PrepareReport, make_report
 from waveflow.door import read_plain
-from waveflow.errors import DataError
+from waveflow.errors import ConfigError, DataError
 from waveflow.files import atomic_path, lock, reason_of
 from waveflow.limits import WEIGHTS_BYTES
 from waveflow.processes import ALONE, Group
 
 Progress = Callable[[int, int], None]
+# Beyond an octave nobody speaks.
+SPEED_RANGE = 0.5, 2.0
 
 
 def prepare(
@@ -67,6 +70,7 @@ def prepare(
     force: bool = False,
     mels: Path | None = None,
     group: Group = ALONE,
+    speeds: Sequence[float] = (),
 ) -> PrepareReport:
     """Reads corpora, resamples them, tracks F0, and writes a training cache.
 
@@ -88,6 +92,9 @@ def prepare(
             these. If a mel and its audio differ by up to `MOST_FRAMES_OFF` frames, the longer one
             is cut.
         group: processes that share the work; each calls this with the same arguments.
+        speeds: for each of them the recordings for training are there once more, played at so many
+            times their speed: voices with other pitch and formants (Ko et al. 2015, "Audio
+            Augmentation for Speech Recognition").
 
     Returns:
         What was done, the same report in all processes.
@@ -95,11 +102,13 @@ def prepare(
     Raises:
         DataError: a corpus or `mels` is wrong, no clip is usable, or `out` is something else than a
             cache or cannot be written.
-        ConfigError: pyworld is not installed, or another process makes this cache.
+        ConfigError: pyworld is not installed, another process makes this cache, or a speed is out
+            of range or goes with mels.
     """
+    _check_speeds(speeds, mels)
     out = Path(out).resolve()
     with _lock(out, group):
-        job = _open_job(corpora, out, mel, force, mels, group)
+        job = _open_job(corpora, out, mel, force, mels, group, speeds)
         with _writing(job.out):
             kept = group.gather("parts", job.make_parts(group, progress, workers))
             return group.main_first(
@@ -107,13 +116,28 @@ def prepare(
             )
 
 
+def _check_speeds(speeds: Sequence[float], mels: Path | None) -> None:
+    low, high = SPEED_RANGE
+    for speed in speeds:
+        if not low <= speed <= high or speed == 1:
+            raise ConfigError(
+                f"speed {speed:g}: give a number from {low:g} to {high:g}, and not 1, which is "
+                "there anyway"
+            )
+    if len(set(speeds)) < len(speeds):
+        raise ConfigError(f"speed {max(speeds, key=list(speeds).count):g} is given twice")
+    if speeds and mels is not None:
+        raise ConfigError(f"speed {speeds[0]:g}: the mels {mels} have the speed of the recordings")
+
+
 class _Source(NamedTuple):
-    """A clip of a corpus; `key` names its result."""
+    """A clip of a corpus at a speed; `key` names its result."""
 
     corpus: str
     clip: CorpusClip
     mel: GivenMel | None
     key: str
+    speed: float
 
 
 class _Earlier(NamedTuple):
@@ -154,7 +178,7 @@ class _Job:
         done = share.keys() & self.done()
         rate, hop = self.mel.sample_rate, self.mel.hop_length
         todo = [
-            ClipTask(source.clip.path, key, self.parts, rate, hop, source.mel)
+            ClipTask(source.clip.path, key, self.parts, rate, hop, source.mel, source.speed)
             for key, source in share.items()
             if key not in done
         ]
@@ -188,6 +212,7 @@ def _open_job(
     force: bool,
     mels: Path | None,
     group: Group,
+    speeds: Sequence[float],
 ) -> _Job:
     _check_replaceable(out)
     paths = [Path(path).resolve() for path in corpora]
@@ -206,11 +231,16 @@ def _open_job(
     settings = F0Settings().model_dump()
     extra_frames = int(mel.padding == "center")
     sources, ignored = [], []
-    for name, corpus in zip(_distinct_names(read, folders), read, strict=True):
+    names = _distinct_names(read, folders)
+    for speed, (name, corpus) in product((1.0, *speeds), zip(names, read, strict=True)):
         for clip in corpus.clips:
+            if speed != 1 and clip.split == "val":
+                continue  # validation hears real voices alone
             given = None if mels is None else GivenMel(mels / clip.id, mel.n_mels, extra_frames)
-            key = clip_key(clip.path, mel.sample_rate, mel.hop_length, settings, given)
-            sources.append(_Source(name, clip, given, key))
+            key = clip_key(clip.path, mel.sample_rate, mel.hop_length, settings, given, speed)
+            played = name if speed == 1 else f"{name} x{speed:g}"
+            sources.append(_Source(played, clip, given, key, speed))
+    for name, corpus in zip(names, read, strict=True):
         ignored += [
             LeftOut(file=str(path), corpus=name, reason="ignored", detail=f"{path}: {why}")
             for path, why in corpus.ignored

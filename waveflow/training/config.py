@@ -41,7 +41,8 @@ class TrainConfig(BaseModel):
             run keeps a copy.
         learning_rate: the peak. The rate rises to it linearly in `warmup_steps`, then falls with
             1 / sqrt(1 + step / decay_steps), which does not need to know the end of the run.
-        cooldown_steps: the last ones of `steps`, in which the rate falls to zero; 0: none.
+        cooldown_steps: the last ones of `steps`, in which the rate falls to zero; 0: none. The
+            second half of a first phase (`pitch_steps`) always ends at zero.
         rates: factors of the learning rate by the beginning of a parameter's name. The longest
             name that fits counts; 0 freezes. For fine-tuning:
             `{conditioner = 0.1, "bijection.steps.2" = 0}`.

@@ -236,8 +236,8 @@ class Trainer:
     def _train_step(self) -> dict[str, float]:
         """Makes one optimizer step and returns its terms. Skips and counts a non-finite step."""
         config = self.recipe.train
-        phase, begin = self._phase(self.step)
-        rate = learning_rate(config, self.step - begin, config.steps - self.step)
+        phase, _ = self._phase(self.step)
+        rate = self._rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["factor"] * rate
         values = self._gradients(phase)
@@ -252,6 +252,17 @@ class Trainer:
             self.skipped_in_row += 1
             logger.warning("step %d skipped: loss or gradient is not finite", self.step)
         return values
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        config = self.recipe.train
+        phase, begin = self._phase(step)
+        if math.isinf(phase.steps):
+            steps_left, cooldown = float(config.steps - step), float(config.cooldown_steps)
+        else:
+            # What a first phase trains is frozen afterwards, so it ends at zero.
+            steps_left, cooldown = begin + phase.steps - step, phase.steps / 2
+        return learning_rate(config, step - begin, steps_left, cooldown)
 
     def _phase(self, step: int) -> tuple[Phase, int]:
         """The phase of a step, and the step at which it begins."""
@@ -466,10 +477,8 @@ class Trainer:
 
     def _pace(self) -> dict[str, float]:
         """What the log says of a step beside its terms."""
-        _, begin = self._phase(self.step - 1)
-        config, done = self.recipe.train, self.step - 1
         return {
-            "learning_rate": learning_rate(config, done - begin, config.steps - done),
+            "learning_rate": self._rate(self.step - 1),
             "waiting_share": self.batches.waiting_share(),
             "skipped": self.skipped,
         }

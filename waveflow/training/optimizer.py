@@ -60,11 +60,17 @@ def parameter_groups(flow: Flow, rates: Mapping[str, float]) -> list[dict[str, A
     return [{"params": params, "factor": factor} for factor, params in groups.items()]
 
 
-def learning_rate(config: TrainConfig, step: int, steps_left: float) -> float:
-    """Linear warm-up, then 1 / sqrt(1 + step / decay_steps), and a linear end at zero."""
+def learning_rate(config: TrainConfig, step: int, steps_left: float, cooldown: float) -> float:
+    """Linear warm-up, then 1 / sqrt(1 + step / decay_steps), and a linear end at zero.
+
+    Args:
+        step: of the phase.
+        steps_left: until its end.
+        cooldown: the last steps, in which the rate falls to zero; 0: none.
+    """
     factor = min(1.0, (step + 1) / config.warmup_steps)
-    if config.cooldown_steps:
-        factor *= min(1.0, steps_left / config.cooldown_steps)
+    if cooldown:
+        factor *= min(1.0, steps_left / cooldown)
     return config.learning_rate * factor / math.sqrt(1 + step / config.decay_steps)
 
 
