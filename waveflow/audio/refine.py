@@ -39,7 +39,7 @@ class MelRefinement(ExactBuffers):
         self.spectrogram = MelSpectrogram(mel_config)
         self.power = power
         self.momentum = momentum
-        weights = mel_filterbank(mel_config)[:, : self.spectrogram.bins.stop]
+        weights = mel_filterbank(mel_config)
         total = weights.sum(axis=0)
         # (n_mels, bins): the share of each band in each bin's gain, in sum 1, or 0 without a band.
         shares = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
@@ -108,13 +108,9 @@ class MelRefinement(ExactBuffers):
         config = self.spectrogram.config
         spectrum = torch.fft.rfft(items.frames(audio))
         mel = natural_log(self.spectrogram.of_spectrum(spectrum), config)
-        shares = self.exact("shares", audio)
-        log_gain = (target - mel).mul_(self.power / config.power) @ shares
-        # gain - 1, so that bins outside every band do not change by a bit. Those above all bands
-        # are left out: the inverse takes them for zeros.
-        gain = log_gain.clamp_(-MAX_LOG_GAIN, MAX_LOG_GAIN).expm1_()
-        spectrum[..., : shares.shape[1]] *= gain
-        spectrum[..., shares.shape[1] :] = 0
+        log_gain = (target - mel).mul_(self.power / config.power) @ self.exact("shares", audio)
+        # gain - 1, so that bins outside every band do not change by a bit.
+        spectrum *= log_gain.clamp_(-MAX_LOG_GAIN, MAX_LOG_GAIN).expm1_()
         return items.combine(torch.fft.irfft(spectrum, config.n_fft))
 
 
