@@ -13,6 +13,7 @@ from waveflow.bijections import InvertibleConv1x1, LappedSqueeze
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.models.frameglow import (
+    UNVOICED_POWER,
     FeatureLayout,
     FrameConditioner,
     FrameGlowConfig,
@@ -231,7 +232,7 @@ def test_hold_last_keeps_the_last_valid_value() -> None:
 
 
 LAYOUT = FeatureLayout(TINY, TINY_MEL)
-N_FEATURES = 8 + 4 * 16 + 8
+N_FEATURES = 8 + 4 * 16 + 8 + 1
 
 
 def parts(flow: Flow, mel: Tensor) -> list[Tensor]:
@@ -254,6 +255,27 @@ def test_source_phase_is_fixed_in_evaluation_and_random_in_training() -> None:
     assert (source - again_source).abs().max() > 0.1
     assert (quadrature - again_quadrature).abs().max() > 0.1
     assert not torch.equal(source[0], source[1])
+
+
+@torch.no_grad()
+def test_unvoiced_frames_keep_more_of_the_noise() -> None:
+    flow, (_, mel) = tiny(), tiny_batch(6)
+    flow.conditioner.pitch.leave.weight.zero_()
+    z = flow.noise(6, [0, 1]).double()
+
+    def tempered(sigma: float, voicing_logit: float) -> Tensor:
+        flow.conditioner.pitch.leave.bias[N_CLASSES] = voicing_logit
+        return flow.conditioner.tempered(z, flow.condition(mel), sigma)
+
+    torch.testing.assert_close(tempered(0.2, 40.0), 0.2 * z)
+    torch.testing.assert_close(tempered(0.2, -40.0), 0.2**UNVOICED_POWER * z)
+    half_voiced = math.sqrt(0.2 * 0.2**UNVOICED_POWER)
+    torch.testing.assert_close(tempered(0.2, 0.0), half_voiced * z)
+    assert torch.equal(tempered(1.0, 0.0), z)  # a sample of the density
+    assert not tempered(0.0, 0.0).any()
+    audio = flow.decode(z, mel, sigma=0.2)
+    expected = flow.decode(flow.conditioner.tempered(z, flow.condition(mel), 0.2), mel)
+    torch.testing.assert_close(audio, expected)
 
 
 @torch.no_grad()

@@ -73,6 +73,10 @@ class Conditioner(nn.Module):
         """A state to train with, where a model should not learn the one of an utterance's start."""
         return None
 
+    def tempered(self, z: Tensor, cond: Condition, sigma: float | Tensor) -> Tensor:
+        """Noise z (B, C, L) for a draw at `sigma`; at 1 it is z itself."""
+        return sigma * z
+
 
 class Unconditional(Conditioner):
     """No features at all: the flow is a density of audio alone.
@@ -287,16 +291,17 @@ class Flow(nn.Module):
         mel: Tensor | None = None,
         lengths: Tensor | None = None,
         state: State = None,
+        sigma: float | Tensor = 1.0,
     ) -> Tensor:
         """Noise (B, C, L) to audio (B, channels L), the exact inverse of `encode`.
 
         `lengths` (B,) in frames; `state` (`carry`) belongs to a window that does not begin with
-        its utterance.
+        its utterance; `sigma` tempers the noise (`Conditioner.tempered`).
         """
         of_conditioner, past = (None, None) if state is None else state
         mel = self._mel(z.flatten(1), mel)
         cond = self.condition(mel, lengths, of_conditioner).crop(z.shape[2])
-        z = zero_padding(z, cond.mask)
+        z = self.conditioner.tempered(zero_padding(z, cond.mask), cond, sigma)
         if past is None:
             audio = self.bijection.inverse(z, cond)[0][:, 0]
         else:
@@ -323,7 +328,7 @@ class Flow(nn.Module):
             n_items, n_frames = mel.shape[0], mel.shape[2]
         noise = self.noise(n_frames, range(seed, seed + n_items))
         device = next((p.device for p in self.parameters()), noise.device)
-        return self.decode(sigma * noise.to(device), mel)
+        return self.decode(noise.to(device), mel, sigma=sigma)
 
     def noise(self, n_frames: int, seeds: Sequence[int], first_frame: int = 0) -> Tensor:
         """z ~ N(0, 1) of an utterance from a frame on, (B, C, L).

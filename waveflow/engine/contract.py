@@ -13,7 +13,7 @@ class Decoder(Protocol):
     """Noise z (B, C, L) and mel (B, M, F) to audio (B, F hop): the flow's inverse.
 
     `lengths` (B,) are the frames of each item of a padded batch, `state` that of the
-    conditioner (`Flow.decode`).
+    conditioner, `sigma` the temperature of the noise (`Flow.decode`).
     """
 
     def __call__(
@@ -22,6 +22,7 @@ class Decoder(Protocol):
         mel: Tensor,
         lengths: Tensor | None = None,
         state: State = None,
+        sigma: float = 1.0,
     ) -> Tensor: ...
 
 

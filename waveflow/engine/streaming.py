@@ -129,7 +129,7 @@ class WindowedSynthesis:
     ) -> tuple[Tensor, Tensor]:
         """Audio of a window (B, M, F) that begins with frame `_first`, drawn and refined."""
         noise = self.flow.noise(mel.shape[2], seeds, self._first).to(mel.device)
-        drawn = self.decoder(self.sigma * noise, mel, lengths, state)
+        drawn = self.decoder(noise, mel, lengths, state, self.sigma)
         return drawn, self.refinement(drawn, mel, self.steps, lengths)
 
     @torch.inference_mode()

@@ -48,7 +48,7 @@ class Speaker(nn.Module):
             parameter.requires_grad_(False)
 
     def forward(self, mel: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-        audio = self.flow.decode(sigma * noise, mel)
+        audio = self.flow.decode(noise, mel, sigma=sigma)
         return self.refinement(audio, mel, self.refine).clamp(-1, 1)
 
     def example(self, mel: Tensor, sigma: float = 1.0) -> dict[str, Tensor]:

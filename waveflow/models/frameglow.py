@@ -61,7 +61,9 @@ from waveflow.padding import hold_last, zero_padding
 _INTEGER_ROWS = 96
 # How much a path prefers pulses in phase with the speech, before the base has learnt gains.
 IN_PHASE = 0.2
-PARTS = ("h", "source", "quadrature", "shift", "level", "mel")
+PARTS = ("h", "source", "quadrature", "shift", "level", "mel", "voicing")
+# Of sigma, where a frame is unvoiced: at 0.2 noise is drawn at 0.7, and voiced speech at 0.2.
+UNVOICED_POWER = 0.22
 # exp(-this) is the largest share of a band's energy that even bins are believed to have, because
 # its logarithm has no bound; and half the logarithm of 2, so that a missing half counts as 0.
 LEAST_MISSING = 0.03
@@ -146,14 +148,14 @@ class FeatureLayout:
     """Where the parts of the condition's features lie.
 
     h of the encoder; source and quadrature, its harmonic source in each bin; shift and level of the
-    base; the mel itself.
+    base; the mel itself; the share of a frame that is voiced.
     """
 
     def __init__(self, config: "FrameGlowConfig", mel: MelConfig) -> None:
         self.bins = mel.hop_length
         self.encoder_channels = config.encoder_channels
         self.n_mels = mel.n_mels
-        sizes = [self.encoder_channels, *4 * [self.bins], self.n_mels]
+        sizes = [self.encoder_channels, *4 * [self.bins], self.n_mels, 1]
         ends = list(itertools.accumulate(sizes))
         starts = [0, *ends[:-1]]
         self.slices = dict(zip(PARTS, map(slice, starts, ends), strict=True))
@@ -264,7 +266,7 @@ class FrameConditioner(Conditioner):
             quadrature = self.in_quadrature(pulses, edges)[0].transpose(1, 2)
         shift = read.gain * source + read.quadrature_gain * quadrature
         # In the order of PARTS.
-        parts = [read.h, source, quadrature, shift, read.level, mel.transpose(1, 2)]
+        parts = [read.h, source, quadrature, shift, read.level, mel.transpose(1, 2), read.voicing]
         features = torch.cat(parts, -1)
         return Condition(features.transpose(1, 2), mask)
 
@@ -309,6 +311,15 @@ class FrameConditioner(Conditioner):
     def random_state(self, n_items: int, device: torch.device) -> State:
         """Any phase, because no phase of the source's start is to be learnt."""
         return torch.rand(n_items, device=device).double(), None
+
+    def tempered(self, z: Tensor, cond: Condition, sigma: float | Tensor) -> Tensor:
+        """z sigma^power, power 1 in voiced frames and less in unvoiced ones.
+
+        Little noise makes voiced speech clean; as little of it would make fricatives too quiet.
+        """
+        [voicing] = self.layout.read(cond.features, "voicing")
+        power = UNVOICED_POWER + (1 - UNVOICED_POWER) * voicing.transpose(1, 2)
+        return z * sigma**power
 
     def pitch_loss(self, mel: Tensor, f0: Tensor, n_voiced: Tensor | None = None) -> Tensor:
         """`PitchHead.loss` for mels (B, M, F) and a tracker's F0 (B, F)."""

@@ -56,12 +56,14 @@ class Int8Decoder:
         mel: Tensor,
         lengths: Tensor | None = None,
         state: State = None,
+        sigma: float = 1.0,
     ) -> Tensor:
         """Noise z (B, C, L) and mel (B, M, F) to audio (B, C L), as `Flow.decode`."""
-        return each_item(self._item, self._flow.hop_length, z, mel, lengths, state)
 
-    def _item(self, z: Tensor, mel: Tensor, state: State) -> Tensor:
-        return self._flow.decode(z, mel, None, state)
+        def item(z: Tensor, mel: Tensor, state: State) -> Tensor:
+            return self._flow.decode(z, mel, None, state, sigma)
+
+        return each_item(item, self._flow.hop_length, z, mel, lengths, state)
 
 
 def int8_decoder(flow: Flow, calibration_mel: Tensor) -> Int8Decoder:

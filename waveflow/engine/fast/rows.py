@@ -72,13 +72,14 @@ class RowsWaveGlow:
         mel: Tensor,
         lengths: Tensor | None = None,
         state: State = None,
+        sigma: float = 1.0,
     ) -> Tensor:
         """Noise z (B, C, L) and mel (B, M, F) to audio (B, C L), as `Flow.decode`.
 
         `lengths` (B,) are the frames of each padded item; its audio beyond them is zero.
         A WaveGlow has no `state`.
         """
-        return each_item(self._decode, self._hop_length, z, mel, lengths, state)
+        return each_item(self._decode, self._hop_length, sigma * z, mel, lengths, state)
 
     def _decode(self, noise: Tensor, mel: Tensor, state: State) -> Tensor:
         """Audio (1, C L) of one item, noise (1, C, L) and mel (1, M, F)."""

@@ -69,6 +69,7 @@ class TorchDecoder:
         mel: Tensor,
         lengths: Tensor | None = None,
         state: State = None,
+        sigma: float = 1.0,
     ) -> Tensor:
         """Noise z (B, C, L) and mel (B, M, F) to audio (B, channels L), as `Flow.decode`."""
         n_samples = self._flow.channels * z.shape[2]
@@ -79,7 +80,7 @@ class TorchDecoder:
             z = z.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
         half = None if self._dtype == torch.float32 else self._dtype
         with torch.autocast(self._device.type, half, enabled=half is not None):
-            return self._flow.decode(z, mel, lengths, state)[:, :n_samples]
+            return self._flow.decode(z, mel, lengths, state, sigma)[:, :n_samples]
 
 
 class _Compiled(Bijection):
