@@ -21,7 +21,8 @@ class SynthesisOptions:
     """Settings of a synthesis, and of the mel that it is given.
 
     Attributes:
-        sigma: standard deviation of the noise, 0 to 10; None takes the model's own.
+        sigma: standard deviation of the noise, 0 to 10; None takes the model's own. Below 1 a
+            FrameGlow has more of it in unvoiced frames.
         seed: of the noise; one for all items, or one for each.
         refine: mel refinement steps after the draw, 0 to 64; None takes the model's own.
         convention: what the mel is in: a name ("nemo-fastpitch", "log10"; "auto" tells it by its
