@@ -192,3 +192,6 @@ class _InRows(Conditioner):
     def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
         features, mask = self.conditioner(mel, mask, state)
         return Condition(features.transpose(1, 2).contiguous().transpose(1, 2), mask)
+
+    def tempered(self, z: Tensor, cond: Condition, sigma: float | Tensor) -> Tensor:
+        return self.conditioner.tempered(z, cond, sigma)
