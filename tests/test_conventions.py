@@ -658,7 +658,7 @@ def test_doctor_names_bands_that_the_values_leave_open(vocoder: Vocoder, example
         found = diagnose(vocoder, mel)
         assert name in found[0].names
         other = next(d for d in found if {"hifigan", "bigvgan-22k"} & {*d.names} and d != found[0])
-        assert other.behind < 4 and found[0].evidence > other.evidence + 0.02
+        assert other.behind < 4 and found[0].evidence > other.evidence + 0.3
 
 
 def test_auto_hears_bands_that_are_not_the_models(vocoder: Vocoder) -> None:

@@ -180,12 +180,12 @@ def test_a_jacobian_agrees(vocoder: Vocoder) -> None:
 def test_contexts_of_the_models_that_people_use() -> None:
     """By hand, in frames."""
     shipped = load()
-    # Encoder and pitch head: 4 layers of 3 each; couplings: 4 x 7; levels: 2 x 4 that hear the
+    # Encoder and pitch head: 4 layers of 3 each; couplings: 3 x 7; levels: 2 x 4 that hear the
     # mel (lapped 1, STFT 2, neighbours 1) and 3; lapped: 1.
-    assert shipped.flow.context == (12 + 12 + 28 + 8 + 3 + 1,) * 2
+    assert shipped.flow.context == (12 + 12 + 21 + 8 + 3 + 1,) * 2
     # A frame reaches 3.5 frames over its edges in the first step, 3 more in each other step.
     assert [shipped.refinement.context_of_steps(n) for n in range(3)] == [(0, 0), (4, 4), (7, 7)]
-    assert shipped.look_ahead() == 64 + 19 and shipped.look_ahead(refine=0) == 64
+    assert shipped.look_ahead() == 57 + 25 and shipped.look_ahead(refine=0) == 57
     config = WaveGlowConfig(hidden_channels=2)
     flow = build_flow(config, shipped.mel_config)
     # 12 networks of 255 groups each way, 32 groups to a frame; 3 more frames by the upsampler.

@@ -23,10 +23,10 @@ def doctor(
     The values tell the scale: how much they move from frame to frame, their level,
     spectrum and floor. `behind` is how much worse they fit than the best, as a
     natural logarithm. Where the values leave several bands open, the model speaks
-    each: `evidence` is the likelihood of its draw, for its level, minus the misfit
-    of its speech (nats per sample, higher is better; 0.15 is much). Conventions with
-    the same values, which differ in framing, floor or sample rate alone, share a
-    row. For each file of a folder there is one line.
+    each: `evidence` is minus the misfit of its speech (hundredths of log-mel L1,
+    higher is better; 0.4 is much). Conventions with the same values, which differ in
+    framing, floor or sample rate alone, share a row. For each file of a folder there
+    is one line.
 
     \b
     Examples:
