@@ -137,7 +137,12 @@ def corpus(folder: Path, seconds: float = 1.2) -> None:
 def recipes() -> None:
     """Those of the repository, the ones that pages train made small."""
     shutil.copytree(ROOT / "recipes", "recipes")
-    for name in ("ljspeech/frameglow", "ljspeech/waveglow", "zoo/frameglow"):
+    for name in (
+        "ljspeech/frameglow",
+        "ljspeech/frameglow-small",
+        "ljspeech/waveglow",
+        "zoo/frameglow",
+    ):
         Path(f"recipes/{name}.toml").write_text(SMALL)
     Path("RECIPE").write_text(SMALL)
     tuning = Path("recipes/ljspeech/fine-tune.toml").read_text()
