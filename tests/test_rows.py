@@ -156,7 +156,7 @@ def test_without_onednn_torchs_own_products_are_taken(
     """A CPU with bfloat16 may lack float16, and no oneDNN multiplies float64."""
     monkeypatch.setattr(product, "_HAS_ONEDNN", has_onednn)
     monkeypatch.setattr(product, "_shortest", lambda *_: [1.0, 2.0])
-    assert not product.onednn_pays.__wrapped__(dtype, 1)
+    assert not product._onednn_is_faster.__wrapped__(dtype, 1)
 
 
 def test_small_singular_values_are_kept() -> None:
@@ -194,7 +194,13 @@ def test_the_faster_routine_is_taken(
     onednn: float, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(product, "_shortest", lambda *_: [onednn, 1.0])
-    assert product.onednn_pays.__wrapped__(torch.float32, 1) == packed
+    product._onednn_is_faster.cache_clear()
+    try:
+        large = product._LEAST_WORK
+        assert product.onednn_pays(torch.float32, large) == packed
+        assert not product.onednn_pays(torch.float32, large - 1)
+    finally:
+        product._onednn_is_faster.cache_clear()
 
 
 def test_a_probe_takes_the_shortest_of_each(monkeypatch: pytest.MonkeyPatch) -> None:

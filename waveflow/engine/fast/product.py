@@ -18,6 +18,9 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
 # WaveGlow, because the two routines differ less on shorter ones, so that noise would choose.
 _PROBE_SIZES = 512, 256, 256
 _PROBE_RUNS = 10
+# Multiply-adds from which oneDNN is tried. A call of it takes 10 us longer to begin: with fewer it
+# was up to twice as slow as MKL on a Zen 4 on which it has the faster products.
+_LEAST_WORK = 12_000_000
 
 
 class Product:
@@ -27,7 +30,7 @@ class Product:
     weights packed beforehand. On an AMD Zen 5 oneDNN makes up to twice as many float32
     multiply-adds a second; on a Zen 3 it makes a tenth fewer. A probe of 20 ms chooses, once in a
     process for all shapes: a choice for each shape would differ from process to process where the
-    two are equal, and with it the last bits of the audio.
+    two are equal, and with it the last bits of the audio. Small products are torch's own.
 
     Args:
         weight: (N, K), of any precision.
@@ -44,7 +47,7 @@ class Product:
     ) -> None:
         self._weight = weight.to(dtype).contiguous()
         self._bias = None if bias is None else bias.to(dtype)
-        self.packed = weight.device.type == "cpu" and onednn_pays(dtype, torch.get_num_threads())
+        self.packed = weight.device.type == "cpu" and onednn_pays(dtype, n_rows * weight.numel())
         if self.packed:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, n_rows)
 
@@ -69,9 +72,14 @@ def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
+def onednn_pays(dtype: torch.dtype, n_macs: int) -> bool:
+    """Whether oneDNN computes products of so many multiply-adds faster than torch's own routine."""
+    return n_macs >= _LEAST_WORK and _onednn_is_faster(dtype, torch.get_num_threads())
+
+
 @cache
-def onednn_pays(dtype: torch.dtype, n_threads: int) -> bool:
-    """Whether oneDNN computes products faster than torch's own routine on so many threads."""
+def _onednn_is_faster(dtype: torch.dtype, n_threads: int) -> bool:
+    """What the probe says on so many threads."""
     if not _HAS_ONEDNN or dtype not in (torch.float32, torch.bfloat16):
         return False
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
