@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from waveflow.audio.filters import mel_center_hz
 from waveflow.audio.mel import MEL_PRESETS, MelConfig, MelSpectrogram
 from waveflow.bijections import InvertibleConv1x1, LappedSqueeze
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.models.frameglow import (
+    IN_PHASE,
     UNVOICED_POWER,
     FeatureLayout,
     FrameConditioner,
@@ -24,6 +26,7 @@ from waveflow.models.frameglow import (
 )
 from waveflow.models.registry import build_flow
 from waveflow.nn.frame import ConvNeXt, GatedStack
+from waveflow.nn.minimum_phase import minimum_phase, turned
 from waveflow.nn.phase_path import MAX_STEP, N_OFFSETS, best_path
 from waveflow.nn.pitch import CENTS_PER_CLASS, LOWEST_HZ, N_CLASSES, PitchHead
 from waveflow.nn.source import HarmonicSource
@@ -43,6 +46,8 @@ TINY = FrameGlowConfig(
 )
 CONVNEXT = TINY.model_copy(update={"network": "convnext"})
 NO_PATH = TINY.model_copy(update={"phase_path": False})
+VARIANTS = ["wavenet", "convnext", "minimum phase"]
+MINIMUM_PHASE = TINY.model_copy(update={"minimum_phase": True})
 
 
 def perturbed(flow: Flow, amount: float = 0.1) -> Flow:
@@ -73,7 +78,7 @@ def tiny_batch(n_frames: int, n_items: int = 2) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("network", ["wavenet", "convnext"])
 def test_log_likelihood_is_that_of_the_jacobian(network: str) -> None:
-    flow = tiny(NO_PATH.model_copy(update={"network": network}))
+    flow = tiny(NO_PATH.model_copy(update={"network": network, "minimum_phase": True}))
     assert not flow.is_bound
     audio, mel = tiny_batch(4)
     log_prob = flow(audio, mel)
@@ -89,7 +94,7 @@ def test_log_likelihood_is_that_of_the_jacobian(network: str) -> None:
         torch.testing.assert_close(log_prob[item], expected, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("config", [TINY, CONVNEXT], ids=["wavenet", "convnext"])
+@pytest.mark.parametrize("config", [TINY, CONVNEXT, MINIMUM_PHASE], ids=VARIANTS)
 @torch.no_grad()
 def test_round_trips_in_float64(config: FrameGlowConfig) -> None:
     flow = tiny(config)
@@ -196,7 +201,7 @@ def test_hops_that_cannot_be_halved_are_refused(hop: int, n_levels: int) -> None
 # --- batches of unequal lengths ---
 
 
-@pytest.mark.parametrize("config", [TINY, CONVNEXT], ids=["wavenet", "convnext"])
+@pytest.mark.parametrize("config", [TINY, CONVNEXT, MINIMUM_PHASE], ids=VARIANTS)
 @pytest.mark.parametrize("lengths", [[9, 4, 1], [3, 9, 8]])
 @torch.no_grad()
 def test_padded_items_get_what_they_get_alone(config: FrameGlowConfig, lengths: list[int]) -> None:
@@ -289,6 +294,80 @@ def test_source_and_quadrature_are_the_transforms_of_one_pulse_train() -> None:
     for part, transform in ((source, False), (quadrature, True)):
         back, _ = LappedSqueeze(16, transform).inverse(part.transpose(1, 2))
         torch.testing.assert_close(back[:, 0], pulses, rtol=0, atol=1e-10)
+
+
+def resonance(f: np.ndarray) -> np.ndarray:
+    """A filter of minimum phase with a formant at 2 kHz, at frequencies in Hz."""
+    pole = 0.9 * np.exp(2j * math.pi * 2000 / 22050)
+    delay = np.exp(-2j * math.pi * f / 22050)
+    return 1 / ((1 - pole * delay) * (1 - pole.conj() * delay))
+
+
+WIDE = MEL_PRESETS["bigvgan-22k"]  # its bands reach the Nyquist frequency
+BINS_HZ = (np.arange(256) + 0.5) / 256 * 11025
+
+
+def test_the_minimum_phase_of_a_mel_is_that_of_the_filter_with_its_envelope() -> None:
+    mel = np.log(np.abs(resonance(mel_center_hz(WIDE))))
+    phase = mel @ minimum_phase(WIDE, 256).numpy()
+    # Bands, and a cepstrum of 3 ms, blur the resonance a little: measured 0.033.
+    assert np.abs(phase - np.angle(resonance(BINS_HZ))).max() < 0.045
+    louder = (mel + 3) @ minimum_phase(WIDE, 256).numpy()
+    np.testing.assert_allclose(louder, phase, atol=1e-5)  # the level has no phase
+    energy = WIDE.model_copy(update={"power": 2.0})
+    np.testing.assert_allclose(2 * mel @ minimum_phase(energy, 256).numpy(), phase, atol=1e-5)
+
+
+@pytest.mark.parametrize(("milliseconds", "share"), [(0.5, 0.933), (1.5, 0.5), (4, 0.0)])
+def test_a_cepstrum_fades_out_before_the_pitch(milliseconds: float, share: float) -> None:
+    """Of a ripple over frequency, one line of the cepstrum; bands as dense as its grid."""
+    config = WIDE.model_copy(update={"n_mels": 2048, "mel_scale": "htk"})
+    delay = round(milliseconds / 1000 * 22050) / 22050
+    mel = np.cos(2 * math.pi * delay * mel_center_hz(config))
+    phase = mel @ minimum_phase(config, 256).numpy()
+    expected = -share * np.sin(2 * math.pi * delay * BINS_HZ)
+    assert np.abs(phase - expected)[8:-8].max() < 0.03
+
+
+def filtered(signal: Tensor) -> Tensor:
+    """Audio (..., T) behind the all-pass filter with the phase of `resonance`, in float64."""
+    spectrum = resonance(np.fft.rfftfreq(signal.shape[-1], 1 / 22050))
+    all_pass = torch.from_numpy(spectrum / np.abs(spectrum))
+    return torch.fft.irfft(torch.fft.rfft(signal.double()) * all_pass, signal.shape[-1])
+
+
+def lapped(signal: Tensor) -> list[Tensor]:
+    """The two transforms (B, L, 256) of audio (B, T)."""
+    both = LappedSqueeze(256), LappedSqueeze(256, quadrature=True)
+    return [transform.forward(signal[:, None])[0].transpose(1, 2) for transform in both]
+
+
+def test_a_turn_of_lapped_bins_is_a_filter() -> None:
+    noise = torch.randn(1, 256 * 20, generator=torch.Generator().manual_seed(0)).double()
+    phase = torch.from_numpy(np.angle(resonance(BINS_HZ))).expand(1, 20, -1)
+    parts = lapped(noise)
+    for part, other in zip(turned(*parts, phase), lapped(filtered(noise)), strict=True):
+        error = (part - other)[:, 1:-1]  # the ends see beyond the signal
+        assert error.square().mean() < 1e-3 * other.square().mean()  # measured 1.5e-4
+    back = turned(*turned(*parts, phase), -phase)
+    torch.testing.assert_close(back, tuple(parts))
+
+
+@torch.no_grad()
+def test_the_source_passes_a_filter_with_the_mels_envelope() -> None:
+    torch.manual_seed(0)
+    mel = torch.from_numpy(np.log(np.abs(resonance(mel_center_hz(WIDE))))).float()
+    mel = mel[None, :, None].expand(1, -1, 20)
+    pulses = HarmonicSource(22050, 256)(torch.full((1, 20), 120.0))
+    for minimum, audio in ((True, filtered(pulses).float()), (False, pulses)):
+        conditioner = build_flow(FrameGlowConfig(minimum_phase=minimum), WIDE).eval().conditioner
+        assert isinstance(conditioner, FrameConditioner)
+        read = conditioner._read(mel, None)._replace(f0=torch.full((1, 20), 120.0))
+        features = conditioner._condition(read, mel, None, (None, None)).features
+        found = conditioner.layout.read(features, "source", "quadrature")
+        for part, other in zip(found, lapped(audio), strict=True):
+            error = (part - other)[:, 2:-2]
+            assert error.square().mean() < 0.01 * other.square().mean()
 
 
 # --- reach of the networks ---
@@ -421,19 +500,53 @@ def test_a_path_does_not_follow_what_the_scores_do_not_pay_for() -> None:
     assert best_path(walk_with([3, -3] * 4, 0.1)).cycles.diff().abs().max() == 0
 
 
+@pytest.mark.parametrize("minimum", [False, True])
 @torch.no_grad()
-def test_the_path_finds_shifted_pulses() -> None:
+def test_the_path_finds_shifted_pulses(minimum: bool) -> None:
     """Speech that is the source itself at another phase, for a base that expects it."""
     torch.manual_seed(0)
-    conditioner = build_flow(FrameGlowConfig(), HIFIGAN).eval().conditioner
+    flow = build_flow(FrameGlowConfig(minimum_phase=minimum), HIFIGAN).eval()
+    conditioner = flow.conditioner
     assert isinstance(conditioner, FrameConditioner)
     conditioner.gains.bias[:256] = -1.0  # the expected speech is plus the source
     mel = torch.full((1, 80, 30), -0.2)
+    if minimum:
+        mel += torch.from_numpy(np.log(np.abs(resonance(mel_center_hz(HIFIGAN)))))[:, None].float()
     read = conditioner._read(mel, None)
     read.voicing.fill_(1.0)
-    audio = conditioner.source(read.f0, torch.tensor([0.3], dtype=torch.float64))
+    state = None, torch.full((1, 30), 0.3, dtype=torch.float64)
+    condition = conditioner._condition(read, mel, None, state)
+    [source] = conditioner.layout.read(condition.features, "source")
+    louder = read.level.exp() * source
+    audio = conditioner.in_phase.inverse(louder.transpose(1, 2), condition)[0][:, 0]
     path = conditioner._path(audio, read, None, None)
     assert (path.cycles - 0.3).abs().max() < 1.5 / N_OFFSETS
+
+
+@pytest.mark.parametrize("config", [TINY, MINIMUM_PHASE], ids=["pulses", "minimum phase"])
+@torch.no_grad()
+def test_the_matched_filter_scores_what_the_base_expects(
+    config: FrameGlowConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow, (audio, mel) = tiny(config), tiny_batch(12)
+    conditioner = flow.conditioner
+    assert isinstance(conditioner, FrameConditioner)
+    seen: list[Tensor] = []
+
+    def scores(matched: Tensor, turns: Tensor, period: Tensor) -> Tensor:
+        seen.append(matched.flatten(1))
+        return torch.zeros(*matched.shape[:2], N_OFFSETS)
+
+    monkeypatch.setattr("waveflow.models.frameglow.pulse_scores", scores)
+    read = conditioner._read(mel, None)
+    conditioner._path(audio, read, None, None)
+    condition = conditioner(mel)
+    source, shift, level = conditioner.layout.read(condition.features, "source", "shift", "level")
+    y = conditioner.in_phase(audio[:, None], condition)[0].transpose(1, 2)
+    u = (y * (-level).exp()).clamp(-8, 8)
+    expected = (u * (IN_PHASE * source - shift)).sum((1, 2))
+    pulses = conditioner.source(read.f0)
+    torch.testing.assert_close((seen[0] * pulses).sum(1), expected, rtol=0, atol=1e-8)
 
 
 @torch.no_grad()

@@ -40,7 +40,12 @@ from waveflow.nn.pitch import PitchHead
 # Of waveforms of order 1: float32 rounding through all steps of a flow.
 TOLERANCE = 1e-5
 FRAMEGLOW = FrameGlowConfig(
-    n_flows=2, hidden_channels=16, dilations=(1, 2), encoder_channels=16, encoder_layers=1
+    n_flows=2,
+    hidden_channels=16,
+    dilations=(1, 2),
+    encoder_channels=16,
+    encoder_layers=1,
+    minimum_phase=True,
 )
 CONFIGS = {
     "frameglow": FRAMEGLOW,

@@ -37,6 +37,7 @@ FRAMEGLOW = FrameGlowConfig(
     dilations=(1, 2),
     encoder_channels=8,
     encoder_layers=1,
+    minimum_phase=True,
 )
 WAVEGLOW = WaveGlowConfig(
     n_mels=BANDS,

@@ -45,6 +45,15 @@ def mel_center_hz(config: MelConfig) -> np.ndarray:
     return _band_edges_hz(config)[1:-1]
 
 
+def band_interpolation(config: MelConfig, hertz: np.ndarray) -> np.ndarray:
+    """(n_mels, n): linear interpolation from the bands' centres to n frequencies, in float64.
+
+    Below the first centre and above the last one their values are held.
+    """
+    centres = mel_center_hz(config)
+    return np.stack([np.interp(hertz, centres, band) for band in np.eye(config.n_mels)])
+
+
 def mel_filterbank(config: MelConfig) -> np.ndarray:
     """Triangular mel filters, (n_mels, n_fft // 2 + 1) float64, as librosa.filters.mel gives.
 

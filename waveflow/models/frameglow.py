@@ -13,9 +13,10 @@ mel tells each band's level, so the flow starts close to right. It tells the pit
 the phase: a head reads F0 from the mel, a pulse train follows it, and its lapped transform E
 (with the one in quadrature: amplitude and phase in each bin) enters every coupling, as a
 shift and as "demodulated" inputs, the passive bins times E, which are the phase of the signal
-relative to the source. For given speech the source's phase follows a path that is found in the
-speech (`nn/phase_path.py`); the density given that path is exact, and with the path's prior it is a
-lower bound. docs/frameglow.md explains all of it.
+relative to the source. With `minimum_phase` E is turned by the phase of the mel's envelope, as a
+vocal tract turns it (`nn/minimum_phase.py`). For given speech the source's phase follows a path
+that is found in the speech (`nn/phase_path.py`); the density given that path is exact, and with
+the path's prior it is a lower bound. docs/frameglow.md explains all of it.
 """
 
 import itertools
@@ -23,12 +24,13 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from waveflow.audio.filters import mel_center_hz
+from waveflow.audio.filters import band_interpolation
 from waveflow.audio.mel import MelConfig, MelSpectrogram
 from waveflow.audio.mel_config import edge_padding
 from waveflow.audio.stft import frame
@@ -51,6 +53,7 @@ from waveflow.errors import ConfigError
 from waveflow.flow import Conditioner, Fitted, Flow, State
 from waveflow.models.registry import FlowConfig, register
 from waveflow.nn.frame import ConvNeXt, GatedStack
+from waveflow.nn.minimum_phase import minimum_phase, turned
 from waveflow.nn.phase_path import Path, best_path, pulse_scores
 from waveflow.nn.pitch import PitchHead
 from waveflow.nn.source import HarmonicSource
@@ -71,7 +74,12 @@ HALF_MISSING = 0.5 * math.log(2)
 
 
 class FrameGlowConfig(FlowConfig):
-    """Sizes of a FrameGlow; bins = the mel's hop length."""
+    """Sizes of a FrameGlow; bins = the mel's hop length.
+
+    Attributes:
+        minimum_phase: the source passes a filter with the mel's envelope. Without, as in files that
+            do not say it, it is bare pulses.
+    """
 
     type: Literal["frameglow"] = "frameglow"
     n_levels: int = Field(default=4, ge=0, le=6)
@@ -86,6 +94,7 @@ class FrameGlowConfig(FlowConfig):
     encoder_layers: int = Field(default=4, ge=0)
     log_scale_bound: float = Field(default=3.0, gt=0, allow_inf_nan=False)
     phase_path: bool = True
+    minimum_phase: bool = False
 
 
 @register(FrameGlowConfig)
@@ -173,6 +182,7 @@ class FrameConditioner(Conditioner):
     """
 
     band_to_bin: Tensor
+    band_to_turn: Tensor | None
 
     def __init__(self, layout: FeatureLayout, config: FrameGlowConfig, mel: MelConfig) -> None:
         super().__init__()
@@ -191,6 +201,8 @@ class FrameConditioner(Conditioner):
         self.level = _zero_linear(width, bins)
         self.gains = _zero_linear(width, 2 * bins)
         self.register_buffer("band_to_bin", _interpolation(mel), persistent=False)
+        turn = minimum_phase(mel, bins) if config.minimum_phase else None
+        self.register_buffer("band_to_turn", turn, persistent=False)
         source = total_context(self.pitch, self.source)
         # In a window that is cut out of an utterance, the F0 of the first frames is not yet right.
         # This is the first frame whose samples all follow an F0 that the cut leaves alone.
@@ -223,6 +235,7 @@ class FrameConditioner(Conditioner):
         # Envelope and pitch under autocast would be heard.
         with full_precision(mel):
             envelope = mel.transpose(1, 2) @ self.band_to_bin
+            turn = None if self.band_to_turn is None else mel.transpose(1, 2) @ self.band_to_turn
             with torch.no_grad():
                 logits, voicing = self.pitch(x, mask_l1)
                 f0 = self._f0(logits, mask)
@@ -230,7 +243,7 @@ class FrameConditioner(Conditioner):
         h = self.norm(self.encoder(self.enter(torch.cat([x, voicing], -1)), mask_l1))
         gain, quadrature_gain = self.gains(h).chunk(2, -1)
         level = envelope + self.level_bias + self.level(h)
-        return _Read(h, f0, voicing, level, gain, quadrature_gain)
+        return _Read(h, f0, voicing, turn, level, gain, quadrature_gain)
 
     def _f0(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         """F0 in Hz (B, F), held in the padding of a batch."""
@@ -264,6 +277,8 @@ class FrameConditioner(Conditioner):
             pulses = self.source.pulses(turns, f0, mel.dtype)[:, None]
             source = self.in_phase(pulses, edges)[0].transpose(1, 2)
             quadrature = self.in_quadrature(pulses, edges)[0].transpose(1, 2)
+            if read.turn is not None:
+                source, quadrature = turned(source, quadrature, read.turn)
         shift = read.gain * source + read.quadrature_gain * quadrature
         # In the order of PARTS.
         parts = [read.h, source, quadrature, shift, read.level, mel.transpose(1, 2), read.voicing]
@@ -277,17 +292,18 @@ class FrameConditioner(Conditioner):
 
         In the base u = y exp(-level) is noise minus the shift g E + q E', so its log-density has
         the term -u (g E + q E'): the product of the pulses with the matched filter
-        -(T^-1 g u + T'^-1 q u). A weak preference for pulses in phase breaks the tie at the start
-        of a training, when g = q = 0.
+        -(T^-1 g u + T'^-1 q u), with g u and q u turned back if E and E' are turned. A weak
+        preference for pulses in phase breaks the tie at the start of a training, when g = q = 0.
         """
         turns, _ = self._turns(read, phase)
         edges = Condition(read.level.transpose(1, 2), mask)
         y = self.in_phase(audio[:, None], edges)[0].transpose(1, 2)
         u = (y * (-read.level).exp()).clamp(-8, 8)
-        in_phase = ((IN_PHASE - read.gain) * u).transpose(1, 2)
-        in_quadrature = (read.quadrature_gain * u).transpose(1, 2)
-        matched = self.in_phase.inverse(in_phase, edges)[0]
-        matched = matched - self.in_quadrature.inverse(in_quadrature, edges)[0]
+        parts = (IN_PHASE - read.gain) * u, -read.quadrature_gain * u
+        if read.turn is not None:
+            parts = turned(*parts, -read.turn)
+        matched = self.in_phase.inverse(parts[0].transpose(1, 2), edges)[0]
+        matched = matched + self.in_quadrature.inverse(parts[1].transpose(1, 2), edges)[0]
         period = self.source.sample_rate / read.f0
         scores = pulse_scores(matched[:, 0].unflatten(1, turns.shape[1:]), turns, period)
         return best_path(scores * read.voicing, None if mask is None else mask[:, 0])
@@ -337,6 +353,7 @@ class _Read(NamedTuple):
     h: Tensor
     f0: Tensor
     voicing: Tensor
+    turn: Tensor | None
     level: Tensor
     gain: Tensor
     quadrature_gain: Tensor
@@ -501,13 +518,5 @@ def _zero_linear(n_in: int, n_out: int) -> nn.Linear:
 
 def _interpolation(mel: MelConfig) -> Tensor:
     """(M, bins): linear interpolation in Hz from the bands' centres to the bins' centres."""
-    bands = torch.as_tensor(mel_center_hz(mel), dtype=torch.float64)
-    bins = (torch.arange(mel.hop_length, dtype=torch.float64) + 0.5) / mel.hop_length
-    bins = (bins * mel.sample_rate / 2).clamp(bands[0], bands[-1])
-    upper = torch.searchsorted(bands, bins).clamp(1, len(bands) - 1)
-    weight = (bins - bands[upper - 1]) / (bands[upper] - bands[upper - 1])
-    matrix = torch.zeros(len(bands), len(bins), dtype=torch.float64)
-    columns = torch.arange(len(bins))
-    matrix[upper, columns] = weight
-    matrix[upper - 1, columns] = 1 - weight
-    return matrix.float()
+    bins = (np.arange(mel.hop_length) + 0.5) / mel.hop_length * mel.sample_rate / 2
+    return torch.from_numpy(band_interpolation(mel, bins).astype(np.float32))
