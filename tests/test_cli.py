@@ -1253,6 +1253,18 @@ def test_train_from_other_weights(
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_train_says_what_other_weights_were_not_trained_with(
+    run: Run, recipe: Path, cache: Path, tmp_path: Path, tiny_model: Path
+):
+    args = ("--data", cache, "--max-minutes", "0", "--init", tiny_model)
+    assert "was trained with" not in run("train", recipe, "--out", tmp_path / "a", *args).err
+    recipe.write_text(RECIPE.replace("n_flows = 1", "n_flows = 1\nminimum_phase = true"))
+    result = run("train", recipe, "--out", tmp_path / "b", *args)
+    expected = f"--init {tiny_model} was trained with model.minimum_phase False, not True"
+    assert result.status == 0 and result.err.count("was trained with") == 1
+    assert expected in result.err
+
+
 def test_train_errors(
     run: Run, recipe: Path, cache: Path, tiny_corpus: Path, tmp_path: Path, tiny_model: Path
 ):

@@ -21,7 +21,9 @@ from waveflow.processes import local_device, own_place, was_restarted
 
 if TYPE_CHECKING:
     from waveflow.audio.mel_config import MelConfig
+    from waveflow.checkpoint import ModelConfig
     from waveflow.data.cache import TrainingCache
+    from waveflow.training.config import Recipe
     from waveflow.training.loop import Progress
 
 
@@ -99,7 +101,10 @@ def train(
     from waveflow.training.distributed import is_main, on_main, process_group
     from waveflow.training.loop import Trainer
 
-    weights = None if start is None else (start, load_checkpoint(start)[1].state_dict())
+    before, weights = None, None
+    if start is not None:
+        before, flow = load_checkpoint(start)
+        weights = start, flow.state_dict()
 
     with own_folder(out), process_group(device):
         main, logger = is_main(), logging.getLogger("waveflow")
@@ -113,6 +118,8 @@ def train(
             trainer = Trainer(settings, cache, out, device, weights, resume, words)
             if main:
                 logger.setLevel(logging.INFO)
+            if main and before is not None:
+                note_other_settings(str(init), before, settings)
             with _training_bar(max_minutes, visible=main) as (report, report_clip):
                 trainer.run(max_minutes, report, stop, report_clip)
     if main:
@@ -181,6 +188,18 @@ def training_data(data: list[Path], own: Path, mel: "MelConfig", resume: bool) -
         raise ConfigError("no training data: give a corpus or a cache with --data")
     TrainingCache(own).verify()
     return own
+
+
+def note_other_settings(init: str, before: "ModelConfig", now: "Recipe") -> None:
+    """Says which settings the weights that training starts from did not have.
+
+    Those that make other shapes were refused before; the weights would take all others in silence.
+    """
+    for part in ("model", "mel"):
+        was, is_now = getattr(before, part).model_dump(), getattr(now, part).model_dump()
+        for name, value in is_now.items():
+            if value != was[name]:
+                note(f"--init {init} was trained with {part}.{name} {was[name]}, not {value}")
 
 
 def described(cache: "TrainingCache", init: str | None) -> str:
