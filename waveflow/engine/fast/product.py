@@ -18,8 +18,9 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
 # WaveGlow, because the two routines differ less on shorter ones, so that noise would choose.
 _PROBE_SIZES = 512, 256, 256
 _PROBE_RUNS = 10
-# Multiply-adds from which oneDNN is tried. A call of it takes 10 us longer to begin: with fewer it
-# was up to twice as slow as MKL on a Zen 4 on which it has the faster products.
+# Multiply-adds, at the usual number of rows, from which oneDNN is tried. A call of it takes 10 us
+# longer to begin. With fewer it was up to twice as slow as MKL (float32, one thread of a Zen 4 on
+# which it makes large products faster).
 _LEAST_WORK = 12_000_000
 
 
@@ -29,8 +30,8 @@ class Product:
     Two routines can compute it: torch's own, which calls MKL on x86, and oneDNN's, which takes
     weights packed beforehand. On an AMD Zen 5 oneDNN makes up to twice as many float32
     multiply-adds a second; on a Zen 3 it makes a tenth fewer. A probe of 20 ms chooses, once in a
-    process for all shapes: a choice for each shape would differ from process to process where the
-    two are equal, and with it the last bits of the audio. Small products are torch's own.
+    process for all large shapes: a choice for each shape would differ from process to process
+    where the two are equal, and with it the last bits of the audio. Small ones are torch's own.
 
     Args:
         weight: (N, K), of any precision.
