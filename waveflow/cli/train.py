@@ -118,8 +118,8 @@ def train(
             trainer = Trainer(settings, cache, out, device, weights, resume, words)
             if main:
                 logger.setLevel(logging.INFO)
-            if main and before is not None:
-                note_other_settings(str(init), before, settings)
+                if before is not None:
+                    note_other_settings(str(init), before, settings)
             with _training_bar(max_minutes, visible=main) as (report, report_clip):
                 trainer.run(max_minutes, report, stop, report_clip)
     if main:
@@ -191,14 +191,14 @@ def training_data(data: list[Path], own: Path, mel: "MelConfig", resume: bool) -
 
 
 def note_other_settings(init: str, before: "ModelConfig", now: "Recipe") -> None:
-    """Says which settings the weights that training starts from did not have.
+    """Says where a recipe differs from the model whose weights it starts from.
 
-    Those that make other shapes were refused before; the weights would take all others in silence.
+    Weights of other shapes were refused before. All other settings they take in silence.
     """
     for part in ("model", "mel"):
         was, is_now = getattr(before, part).model_dump(), getattr(now, part).model_dump()
         for name, value in is_now.items():
-            if value != was[name]:
+            if name in was and value != was[name]:
                 note(f"--init {init} was trained with {part}.{name} {was[name]}, not {value}")
 
 

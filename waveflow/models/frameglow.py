@@ -234,8 +234,9 @@ class FrameConditioner(Conditioner):
         mask_l1 = None if mask is None else mask.transpose(1, 2)
         # Envelope and pitch under autocast would be heard.
         with full_precision(mel):
-            envelope = mel.transpose(1, 2) @ self.band_to_bin
-            turn = None if self.band_to_turn is None else mel.transpose(1, 2) @ self.band_to_turn
+            bands = mel.transpose(1, 2)
+            envelope = bands @ self.band_to_bin
+            turn = None if self.band_to_turn is None else bands @ self.band_to_turn
             with torch.no_grad():
                 logits, voicing = self.pitch(x, mask_l1)
                 f0 = self._f0(logits, mask)
