@@ -9,9 +9,9 @@
 
 WaveGlow (Prenger et al. 2018) runs its networks 2,756 times a second on aliased polyphase
 channels; here every channel is a frequency band and the networks run 86 times a second. The
-mel tells each band's level, so the flow starts close to right. It tells the pitch too but not
-the phase: a head reads F0 from the mel, a pulse train follows it, and its lapped transform E
-(with the one in quadrature: amplitude and phase in each bin) enters every coupling, as a
+mel tells each band's level, so the flow starts close to right. It tells the pitch too but not the
+phase: a head reads F0 from the mel, a pulse train follows it, and its lapped transform E (with
+the one in quadrature: amplitude and phase in each bin) enters the base and the K couplings, as a
 shift and as "demodulated" inputs, the passive bins times E, which are the phase of the signal
 relative to the source. With `minimum_phase` E is turned by the phase of the mel's envelope, as a
 vocal tract turns it (`nn/minimum_phase.py`). For given speech the source's phase follows a path
@@ -157,7 +157,7 @@ class FeatureLayout:
     """Where the parts of the condition's features lie.
 
     h of the encoder; source and quadrature, its harmonic source in each bin; shift and level of the
-    base; the mel itself; the share of a frame that is voiced.
+    base; the mel itself; how likely a frame is voiced.
     """
 
     def __init__(self, config: "FrameGlowConfig", mel: MelConfig) -> None:
