@@ -8,6 +8,8 @@ every browser plays it, a picture for each clip, and index.html. Needs the extra
 
 import argparse
 import io
+import shutil
+import sys
 from html import escape
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from PIL import Image
 
 import waveflow
 from waveflow.audio.io import read_audio
+from waveflow.errors import WaveflowError
+from waveflow.files import temporary_folder
 from waveflow.metrics.copies import copies
 from waveflow.metrics.quality import FloatArray, pesq_wb
 from waveflow.metrics.spectral import log_mel_l1
@@ -69,18 +73,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     vocoder = waveflow.load(args.model)
-    FOLDER.mkdir(exist_ok=True)
-    for old in FOLDER.iterdir():
-        old.unlink()
-    sections = [section(vocoder, path, n) for n, path in enumerate(args.clips, start=1)]
     name = vocoder.folder.name if vocoder.folder else "a model"
-    page = PAGE.format(model=escape(name), clips="\n".join(sections))
-    (FOLDER / "index.html").write_text(page, encoding="utf-8")
-    size = sum(path.stat().st_size for path in FOLDER.iterdir())
+    with temporary_folder(FOLDER) as made:
+        clips = enumerate(args.clips, start=1)
+        sections = [section(vocoder, path, number, made) for number, path in clips]
+        page = PAGE.format(model=escape(name), clips="\n".join(sections))
+        (made / "index.html").write_text(page, encoding="utf-8")
+        size = sum(path.stat().st_size for path in made.iterdir())
+        # The page before it stays until this one is whole.
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        made.rename(FOLDER)
     print(f"{FOLDER}: {len(sections)} clips, {size / 1e6:.2f} MB")
 
 
-def section(vocoder: waveflow.Vocoder, path: Path, number: int) -> str:
+def section(vocoder: waveflow.Vocoder, path: Path, number: int, folder: Path) -> str:
     """The part of the page of one clip, whose files are written."""
     rate = vocoder.sample_rate
     audio = read_audio(path, rate)[0][: int(SECONDS * rate)]
@@ -92,7 +98,7 @@ def section(vocoder: waveflow.Vocoder, path: Path, number: int) -> str:
     for axis, (title, samples) in zip(axes, shown, strict=True):
         draw(axis, title, samples, rate)
         sound = f"{number}-{title.split(',')[0].replace(' ', '-')}.mp3"
-        soundfile.write(FOLDER / sound, samples, rate, compression_level=0.2)
+        soundfile.write(folder / sound, samples, rate, compression_level=0.2)
         label = f"clip {number}, {title}"
         takes.append(
             f"<figure><figcaption>{title}</figcaption>\n"
@@ -106,7 +112,7 @@ def section(vocoder: waveflow.Vocoder, path: Path, number: int) -> str:
     plt.close(figure)
     # 64 colours: a third of the size, and next to no difference.
     picture = Image.open(drawn).convert("RGB").quantize(64)
-    picture.save(FOLDER / f"{number}.png", optimize=True)
+    picture.save(folder / f"{number}.png", optimize=True)
     voice = escape(path.parent.parent.name)
     titles = ", ".join(title for title, _ in shown)
     return (
@@ -130,4 +136,8 @@ def figures(vocoder: waveflow.Vocoder, audio: FloatArray, copy: FloatArray) -> s
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except WaveflowError as error:
+        print(f"listen.py: {error}", file=sys.stderr)
+        sys.exit(2)

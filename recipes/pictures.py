@@ -7,6 +7,7 @@ the model's default refinement, and the copy without refinement; F0 by dio and s
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +21,8 @@ from matplotlib.axes import Axes
 import waveflow
 from waveflow.audio.f0 import track_f0
 from waveflow.audio.io import read_audio
+from waveflow.errors import WaveflowError
+from waveflow.files import output_path
 
 SECONDS = 3.0
 F0_HOP = 110
@@ -53,7 +56,8 @@ def main() -> None:
     for row in axes:
         row[0].set_ylabel("kHz")
     figure.tight_layout()
-    figure.savefig(args.out, dpi=72)
+    with output_path(args.out) as made:
+        figure.savefig(made, dpi=72)
 
 
 def draw(axis: Axes, title: str, samples: np.ndarray, rate: int) -> None:
@@ -78,4 +82,8 @@ def draw(axis: Axes, title: str, samples: np.ndarray, rate: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except WaveflowError as error:
+        print(f"pictures.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -8,6 +8,7 @@ The model card, README.md, is written by hand and stays.
 
 import argparse
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from waveflow.audio.dequantise import dequantise
 from waveflow.audio.io import read_audio
 from waveflow.checkpoint import EXAMPLE, load_checkpoint, save_checkpoint
 from waveflow.engine.vocoder import Vocoder
+from waveflow.errors import WaveflowError
 
 
 def main() -> None:
@@ -60,5 +62,9 @@ def check_likelihood(vocoder: Vocoder, folder: Path, audio: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    try:
+        with torch.inference_mode():
+            main()
+    except WaveflowError as error:
+        print(f"ship.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -224,3 +224,31 @@ def test_the_smoke_recipe_fails_loudly(smoke: dict[str, Any], tmp_path: Path, fa
 def test_the_smoke_recipe_stops_at_a_command_that_fails(smoke: dict[str, Any]) -> None:
     with pytest.raises(SystemExit, match="smoke: waveflow info failed"):
         smoke["command"]("info", "no-such-model")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "listen.py nowhere.wav",
+        "pictures.py picture.png nowhere.wav",
+        "ship.py nowhere name nowhere.wav --licence CC0-1.0",
+        "naturalness.py nowhere",
+        "tts/intelligibility.py nowhere",
+    ],
+)
+def test_a_script_says_in_one_line_what_is_not_there(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script, *arguments = command.split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(RECIPES / script), run_name="__main__")
+    assert stopped.value.code == 2
+    assert "nowhere" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+    assert (RECIPES.parent / "docs" / "listen" / "index.html").is_file()

@@ -22,6 +22,7 @@ import numpy as np
 import waveflow
 from waveflow.audio.io import read_audio, resample, to_int16
 from waveflow.cli.console import show, show_table
+from waveflow.errors import WaveflowError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 RATE = 16000
@@ -73,6 +74,9 @@ def main() -> None:
     parser.add_argument("--voice", default=None)
     parser.add_argument("--show", action="store_true", help="what was said, and what was heard")
     args = parser.parse_args()
+    for name in ("metadata.csv", "val.txt", "wavs"):
+        if not (args.corpus / name).exists():
+            parser.error(f"{args.corpus} has no {name}: give a corpus in LJSpeech's layout")
     with open(args.corpus / "metadata.csv", encoding="utf-8", newline="") as file:
         rows = csv.reader(file, delimiter="|", quoting=csv.QUOTE_NONE)
         texts = {name: text for name, *_, text in rows}
@@ -118,4 +122,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except WaveflowError as error:
+        print(f"intelligibility.py: {error}", file=sys.stderr)
+        sys.exit(2)
