@@ -186,7 +186,7 @@ def test_contexts_of_the_models_that_people_use() -> None:
     assert shipped.flow.context == (12 + 12 + 21 + 8 + 3 + 1,) * 2
     # A frame reaches 3.5 frames over its edges in the first step, 3 more in each other step.
     assert [shipped.refinement.context_of_steps(n) for n in range(3)] == [(0, 0), (4, 4), (7, 7)]
-    assert shipped.look_ahead() == 57 + 25 and shipped.look_ahead(refine=0) == 57
+    assert shipped.look_ahead() == 57 + 31 and shipped.look_ahead(refine=0) == 57
     config = WaveGlowConfig(hidden_channels=2)
     flow = build_flow(config, shipped.mel_config)
     # 12 networks of 255 groups each way, 32 groups to a frame; 3 more frames by the upsampler.
