@@ -270,7 +270,7 @@ def test_unvoiced_frames_keep_more_of_the_noise() -> None:
 
     def tempered(sigma: float, voicing_logit: float) -> Tensor:
         flow.conditioner.pitch.leave.bias[N_CLASSES] = voicing_logit
-        return flow.conditioner.tempered(z, flow.condition(mel), sigma)
+        return flow.conditioner.tempered(z, flow.condition(mel), sigma)[0]
 
     torch.testing.assert_close(tempered(0.2, 40.0), 0.2 * z)
     torch.testing.assert_close(tempered(0.2, -40.0), 0.2**UNVOICED_POWER * z)
@@ -278,9 +278,39 @@ def test_unvoiced_frames_keep_more_of_the_noise() -> None:
     torch.testing.assert_close(tempered(0.2, 0.0), half_voiced * z)
     assert torch.equal(tempered(1.0, 0.0), z)  # a sample of the density
     assert not tempered(0.0, 0.0).any()
+    quiet, louder = flow.conditioner.tempered(z, flow.condition(mel), 0.2)
     audio = flow.decode(z, mel, sigma=0.2)
-    expected = flow.decode(flow.conditioner.tempered(z, flow.condition(mel), 0.2), mel)
-    torch.testing.assert_close(audio, expected)
+    torch.testing.assert_close(audio, flow.bijection.inverse(quiet, louder)[0][:, 0])
+
+
+@torch.no_grad()
+def test_levels_make_up_for_the_noise_that_a_low_sigma_takes() -> None:
+    flow, (_, mel) = tiny(), tiny_batch(6)
+    flow.conditioner.pitch.leave.weight.zero_()
+    layout = flow.conditioner.layout
+    z = flow.noise(6, [0, 1]).double()
+
+    def louder(sigma: float, voicing_logit: float) -> dict[str, Tensor]:
+        flow.conditioner.pitch.leave.bias[N_CLASSES] = voicing_logit
+        cond = flow.condition(mel)
+        raised = flow.conditioner.tempered(z, cond, sigma)[1]
+        difference = raised.features - cond.features
+        return {name: difference[:, part] for name, part in layout.slices.items()}
+
+    assert not any(part.any() for part in louder(1.0, 0.0).values())
+    voiced, unvoiced = louder(0.2, 40.0), louder(0.2, -40.0)
+    # Energy s of noise becomes s sigma^2 and the rest stays; s is 0.95 f / (f + 700 Hz) or 0.9.
+    hertz = (torch.arange(16) + 0.5) * 4000 / 16
+    share = 0.95 * hertz / (hertz + 700)
+    for found, expected in (
+        (voiced["level"], (1 - share * (1 - 0.04)) ** -0.5),
+        (unvoiced["level"], torch.tensor((1 - 0.9 * (1 - 0.04**UNVOICED_POWER)) ** -0.5)),
+    ):
+        expected = expected.double().log().reshape(1, -1, 1).expand_as(found)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    # The mel's bands are raised as the bins around them are.
+    assert voiced["mel"][:, 0].max() < 0.3 < 0.6 < voiced["mel"][:, -1].min()
+    assert not any(voiced[name].any() for name in ("h", "source", "quadrature", "shift", "voicing"))
 
 
 @torch.no_grad()

@@ -73,9 +73,11 @@ class Conditioner(nn.Module):
         """A state to train with, where a model should not learn the one of an utterance's start."""
         return None
 
-    def tempered(self, z: Tensor, cond: Condition, sigma: float | Tensor) -> Tensor:
-        """Noise z (B, C, L) for a draw at `sigma`; at 1 it is z itself."""
-        return sigma * z
+    def tempered(
+        self, z: Tensor, cond: Condition, sigma: float | Tensor
+    ) -> tuple[Tensor, Condition]:
+        """Noise z (B, C, L) and the condition for a draw at `sigma`; at 1 both as they are."""
+        return sigma * z, cond
 
 
 class Unconditional(Conditioner):
@@ -301,7 +303,7 @@ class Flow(nn.Module):
         of_conditioner, past = (None, None) if state is None else state
         mel = self._mel(z.flatten(1), mel)
         cond = self.condition(mel, lengths, of_conditioner).crop(z.shape[2])
-        z = self.conditioner.tempered(zero_padding(z, cond.mask), cond, sigma)
+        z, cond = self.conditioner.tempered(zero_padding(z, cond.mask), cond, sigma)
         if past is None:
             audio = self.bijection.inverse(z, cond)[0][:, 0]
         else:

@@ -190,8 +190,14 @@ class _InRows(Conditioner):
         self.conditioner = conditioner
 
     def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
-        features, mask = self.conditioner(mel, mask, state)
-        return Condition(features.transpose(1, 2).contiguous().transpose(1, 2), mask)
+        return _in_rows(self.conditioner(mel, mask, state))
 
-    def tempered(self, z: Tensor, cond: Condition, sigma: float | Tensor) -> Tensor:
-        return self.conditioner.tempered(z, cond, sigma)
+    def tempered(
+        self, z: Tensor, cond: Condition, sigma: float | Tensor
+    ) -> tuple[Tensor, Condition]:
+        z, cond = self.conditioner.tempered(z, cond, sigma)
+        return z, _in_rows(cond)
+
+
+def _in_rows(cond: Condition) -> Condition:
+    return Condition(cond.features.transpose(1, 2).contiguous().transpose(1, 2), cond.mask)
