@@ -190,14 +190,11 @@ class _InRows(Conditioner):
         self.conditioner = conditioner
 
     def forward(self, mel: Tensor, mask: Tensor | None = None, state: State = None) -> Condition:
-        return _in_rows(self.conditioner(mel, mask, state))
+        return self.conditioner(mel, mask, state)
 
     def tempered(
         self, z: Tensor, cond: Condition, sigma: float | Tensor
     ) -> tuple[Tensor, Condition]:
-        z, cond = self.conditioner.tempered(z, cond, sigma)
-        return z, _in_rows(cond)
-
-
-def _in_rows(cond: Condition) -> Condition:
-    return Condition(cond.features.transpose(1, 2).contiguous().transpose(1, 2), cond.mask)
+        # Here and not in `forward`: a conditioner may make features anew for its sigma.
+        z, (features, mask) = self.conditioner.tempered(z, cond, sigma)
+        return z, Condition(features.transpose(1, 2).contiguous().transpose(1, 2), mask)
