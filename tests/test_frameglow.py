@@ -285,32 +285,42 @@ def test_unvoiced_frames_keep_more_of_the_noise() -> None:
 
 @torch.no_grad()
 def test_levels_make_up_for_the_noise_that_a_low_sigma_takes() -> None:
-    flow, (_, mel) = tiny(), tiny_batch(6)
-    flow.conditioner.pitch.leave.weight.zero_()
-    layout = flow.conditioner.layout
+    flow, (_, mel) = tiny(TINY.model_copy(update={"noise_share": True})), tiny_batch(6)
+    conditioner = flow.conditioner
+    assert isinstance(conditioner, FrameConditioner)
+    conditioner.pitch.leave.weight.zero_()
+    noise = conditioner.noise.coefficients
+    # sigmoid(1 - 2 cos(pi x)): more noise in high bands, whatever h is.
+    noise.weight.zero_()
+    noise.bias.copy_(torch.tensor([1.0, -2.0, 0, 0, 0, 0, 0, 0]))
     z = flow.noise(6, [0, 1]).double()
 
     def louder(sigma: float, voicing_logit: float) -> dict[str, Tensor]:
-        flow.conditioner.pitch.leave.bias[N_CLASSES] = voicing_logit
+        conditioner.pitch.leave.bias[N_CLASSES] = voicing_logit
         cond = flow.condition(mel)
-        raised = flow.conditioner.tempered(z, cond, sigma)[1]
-        difference = raised.features - cond.features
-        return {name: difference[:, part] for name, part in layout.slices.items()}
+        difference = conditioner.tempered(z, cond, sigma)[1].features - cond.features
+        return {name: difference[:, part] for name, part in conditioner.layout.slices.items()}
 
     assert not any(part.any() for part in louder(1.0, 0.0).values())
     voiced, unvoiced = louder(0.2, 40.0), louder(0.2, -40.0)
-    # Energy s of noise becomes s sigma^2 and the rest stays; s is 0.95 f / (f + 700 Hz) or 0.9.
-    hertz = (torch.arange(16) + 0.5) * 4000 / 16
-    share = 0.95 * hertz / (hertz + 700)
-    for found, expected in (
-        (voiced["level"], (1 - share * (1 - 0.04)) ** -0.5),
-        (unvoiced["level"], torch.tensor((1 - 0.9 * (1 - 0.04**UNVOICED_POWER)) ** -0.5)),
-    ):
-        expected = expected.double().log().reshape(1, -1, 1).expand_as(found)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    # The mel's bands are raised as the bins around them are.
-    assert voiced["mel"][:, 0].max() < 0.3 < 0.6 < voiced["mel"][:, -1].min()
+    hertz = (np.arange(16) + 0.5) * 4000 / 16
+    bands = (np.arange(8) + 0.5) / 8
+    of_bins = np.interp(hertz, mel_center_hz(TINY_MEL), bands)
+    # Energy s of noise becomes s scale^2, and the rest stays.
+    for part, places in (("level", of_bins), ("mel", bands)):
+        share = torch.from_numpy(1 / (1 + np.exp(2 * np.cos(math.pi * places) - 1)))
+        for found, energy in ((voiced, 0.04), (unvoiced, 0.04**UNVOICED_POWER)):
+            expected = (1 - share * (1 - energy)).log() / -2
+            expected = expected.reshape(1, -1, 1).expand_as(found[part])
+            torch.testing.assert_close(found[part], expected, rtol=0, atol=1e-6)
     assert not any(voiced[name].any() for name in ("h", "source", "quadrature", "shift", "voicing"))
+    # What is heard changes it.
+    noise.weight[0, :8] = 1.0
+    assert louder(0.2, 40.0)["level"].std(2).min() > 1e-3
+    # Files of before say nothing about noise: their levels stay.
+    flow = tiny()
+    cond = flow.condition(mel)
+    assert flow.conditioner.tempered(z, cond, 0.2)[1] is cond
 
 
 @torch.no_grad()

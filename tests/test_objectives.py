@@ -13,6 +13,7 @@ from tiny_training import (
     MODELS,
     PLAIN,
     WAVEGLOW,
+    WITH_NOISE_SHARE,
     batch_of,
     perturbed,
     recipe,
@@ -235,6 +236,38 @@ def test_draws_are_at_sigma_1_under_the_condition_of_the_speech() -> None:
     torch.testing.assert_close(energy, expected, rtol=1e-5, atol=0)
 
 
+def test_the_noise_head_learns_what_a_quiet_draw_lacks() -> None:
+    flow, batch = perturbed(WITH_NOISE_SHARE), batch_of(*speech(32))
+    plain = {"energy_weight": 0, "calibration_weight": 0}
+    value, terms = loss_of(flow, batch, seed=3, **plain)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        cond = flow.fitted(batch.audio, batch.mel).cond
+        features = flow.conditioner.layout.read(cond.features, "voicing")[0].transpose(1, 2)
+        z = torch.randn(2, HOP, 32) * 0.2 ** (0.22 + 0.78 * features)
+        quiet = flow.bijection.inverse(z, cond)[0][:, 0]
+        missing = MelSpectrogram(MEL)(batch.audio) - MelSpectrogram(MEL)(quiet)
+        made_up = flow.conditioner.tempered(z, cond, 0.2)[1].features - cond.features
+        distance = (made_up[:, flow.conditioner.layout.slices["mel"]] - missing).abs()
+    expected = torch.where(distance < 1, distance.square() / 2, distance - 0.5).mean() / 100
+    torch.testing.assert_close(terms["loudness"], expected)
+    torch.testing.assert_close(value, expected - terms["log_likelihood"])
+    # It trains the head, and the head alone.
+    with_head = gradient_of(flow, value)
+    others = [p for name, p in flow.named_parameters() if "noise" not in name]
+    found = torch.cat([p.grad.flatten() for p in others if p.grad is not None])
+    assert len(with_head) == len(found) + 8 * 10
+    without = perturbed(WITH_NOISE_SHARE)
+    without.conditioner.noise = None
+    torch.testing.assert_close(found, gradient_of(without, loss_of(without, batch, **plain).value))
+    steps = torch.optim.Adam(flow.conditioner.noise.parameters(), 0.05)
+    for step in range(60):
+        steps.zero_grad()
+        loss_of(flow, batch, step, **plain).terms["loudness"].backward()
+        steps.step()
+    assert loss_of(flow, batch, 3, **plain).terms["loudness"] < 0.8 * expected
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_of_exact_zeros(name: str) -> None:
     """Without the noise that training adds to every sample, and without a voiced frame."""
@@ -305,6 +338,16 @@ def test_calibration_counts_what_the_contract_returns() -> None:
     assert gap > 0.01
     found = loss_of(flow, batch, seed=7, energy_weight=0).terms["calibration"]
     torch.testing.assert_close(found, gap, rtol=1e-4, atol=1e-5)
+
+
+def test_a_models_own_look_at_a_draw_is_no_path_of_calibration() -> None:
+    flow, batch = perturbed(WITH_NOISE_SHARE), batch_of(*speech(32))
+    with noted_log_derivatives(flow.bijection) as terms:
+        cond = flow.fitted(batch.audio, batch.mel).cond
+        flow.log_prob(batch.audio, cond)
+        n_terms = len(terms)
+        assert flow.training_loss(batch, cond)["loudness"] > 0
+    assert len(terms) == 2 * n_terms > 0  # that of the likelihood once more
 
 
 def test_calibration_pulls_a_draw_of_little_volume_up() -> None:
@@ -487,7 +530,7 @@ def unequal_items() -> Batch:
 @pytest.mark.parametrize("which", [0, 1], ids=["pitch head", "flow"])
 def test_parts_give_the_loss_and_the_gradient_of_the_whole(n_parts: int, which: int) -> None:
     """Random numbers and counts to divide by are those of the whole step."""
-    flow = perturbed().train()
+    flow = perturbed(WITH_NOISE_SHARE).train()
     batch = unequal_items()
     phase = phases(flow, recipe(), CPU)[which]
 
@@ -583,17 +626,17 @@ class Rounded(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_under_bf16_only_the_networks_are_rounded(name: str) -> None:
+@pytest.mark.parametrize("model", [WITH_NOISE_SHARE, WAVEGLOW], ids=MODELS)
+def test_under_bf16_only_the_networks_are_rounded(model: FlowConfig) -> None:
     """Log-determinants, exponentials, inverses of 1x1 convolutions and reductions are not."""
-    flow, batch = perturbed(MODELS[name]).train(), batch_of(*speech(32))
+    flow, batch = perturbed(model).train(), batch_of(*speech(32))
     with Rounded() as rounded:
         value, terms = loss_of(flow, batch, precision="bf16")
     # Products and the convolutions, with what lies between them, and nothing else.
     assert rounded.names & {"mm", "addmm", "convolution", "mkldnn_rnn_layer"}
     wrong = {n for n in rounded.names if any(part in n.split("_") for part in SENSITIVE)}
     assert wrong == set()
-    assert len(terms) == 3
+    assert len(terms) == (4 if model == WITH_NOISE_SHARE else 3)
     assert {term.dtype for term in (value, *terms.values())} == {torch.float32}
     value.backward()
     assert {p.grad.dtype for p in flow.parameters() if p.grad is not None} == {torch.float32}
@@ -604,7 +647,7 @@ def test_under_bf16_volumes_and_latents_are_float32_to_the_last_bit(name: str) -
     """z is found again from the same parameters: the inverse's error is not bfloat16's 4e-3."""
     flow, (audio, mel) = perturbed(MODELS[name]), speech()
     autocast = torch.autocast("cpu", torch.bfloat16)
-    with torch.no_grad(), autocast, noted_log_derivatives(flow.bijection) as terms:
+    with autocast, noted_log_derivatives(flow.bijection) as terms:
         cond = flow.condition(mel)
         log_prob, z = flow.log_prob(audio, cond)
         back, _ = flow.bijection.inverse(z, cond)

@@ -46,6 +46,7 @@ FRAMEGLOW = FrameGlowConfig(
     encoder_channels=16,
     encoder_layers=1,
     minimum_phase=True,
+    noise_share=True,
 )
 CONFIGS = {
     "frameglow": FRAMEGLOW,

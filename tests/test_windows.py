@@ -38,6 +38,7 @@ FRAMEGLOW = FrameGlowConfig(
     encoder_channels=8,
     encoder_layers=1,
     minimum_phase=True,
+    noise_share=True,
 )
 WAVEGLOW = WaveGlowConfig(
     n_mels=BANDS,

@@ -47,6 +47,7 @@ WAVEGLOW = WaveGlowConfig(
     hidden_channels=8,
     upsample_kernel=2 * HOP,
 )
+WITH_NOISE_SHARE = MODEL.model_copy(update={"noise_share": True})
 MODELS = {"frameglow": MODEL, "waveglow": WAVEGLOW}
 # Likelihood alone, from the first step on.
 PLAIN: dict[str, object] = {"pitch_steps": 0, "energy_weight": 0.0, "calibration_weight": 0.0}

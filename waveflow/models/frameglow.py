@@ -54,6 +54,7 @@ from waveflow.flow import Conditioner, Fitted, Flow, State
 from waveflow.models.registry import FlowConfig, register
 from waveflow.nn.frame import ConvNeXt, GatedStack
 from waveflow.nn.minimum_phase import minimum_phase, turned
+from waveflow.nn.noise_share import NoiseShare
 from waveflow.nn.phase_path import Path, best_path, pulse_scores
 from waveflow.nn.pitch import PitchHead
 from waveflow.nn.source import HarmonicSource
@@ -67,11 +68,11 @@ IN_PHASE = 0.2
 PARTS = ("h", "source", "quadrature", "shift", "level", "mel", "voicing")
 # Of sigma, where a frame is unvoiced: at 0.2 noise is drawn at 0.7, and voiced speech at 0.2.
 UNVOICED_POWER = 0.22
-# The share of a frame's energy that is noise, measured in draws of frameglow-cc0 at sigma 0.2. In
-# voiced frames it grows with the frequency: half of it is reached at HALF_NOISE_HZ.
-UNVOICED_NOISE = 0.9
-VOICED_NOISE = 0.95
-HALF_NOISE_HZ = 700.0
+# The sigma of the draws that the share of noise is learnt from. It serves all others.
+QUIET = 0.2
+# Of the noise head's loss. Its gradient may not take the norm to which all gradients are clipped;
+# the optimizer's steps are the same for any weight.
+LOUDNESS_WEIGHT = 0.01
 # exp(-this) is the largest share of a band's energy that even bins are believed to have, because
 # its logarithm has no bound; and half the logarithm of 2, so that a missing half counts as 0.
 LEAST_MISSING = 0.03
@@ -84,6 +85,8 @@ class FrameGlowConfig(FlowConfig):
     Attributes:
         minimum_phase: the source passes a filter with the mel's envelope. Without, as in files that
             do not say it, it is bare pulses.
+        noise_share: a head learns how much of each band is noise, so that draws at a low sigma are
+            as loud as their mel. Without, as in files that do not say it, they are quieter.
     """
 
     type: Literal["frameglow"] = "frameglow"
@@ -100,6 +103,7 @@ class FrameGlowConfig(FlowConfig):
     log_scale_bound: float = Field(default=3.0, gt=0, allow_inf_nan=False)
     phase_path: bool = True
     minimum_phase: bool = False
+    noise_share: bool = False
 
 
 @register(FrameGlowConfig)
@@ -135,9 +139,7 @@ def frameglow(config: FrameGlowConfig, mel: MelConfig) -> Flow:
             Coupling(network, affine, EvenOdd(swap=k % 2 == 1)),
             InvertibleConv1x1(bins, start="identity"),
         ]
-    flow = FrameGlow(Chain(*steps), FrameConditioner(layout, config, mel), bins, bins)
-    flow.is_bound = config.phase_path
-    return flow
+    return FrameGlow(Chain(*steps), FrameConditioner(layout, config, mel), mel)
 
 
 class FrameGlow(Flow):
@@ -145,6 +147,13 @@ class FrameGlow(Flow):
 
     phase_settings = ("pitch_steps",)
     conditioner: "FrameConditioner"
+
+    def __init__(
+        self, bijection: Bijection, conditioner: "FrameConditioner", mel: MelConfig
+    ) -> None:
+        super().__init__(bijection, conditioner, mel.hop_length)
+        self.is_bound = conditioner.has_path
+        self.spectrogram = MelSpectrogram(mel)
 
     def phases(self, settings: Any, teacher: Flow | None = None) -> list[Phase]:
         if not settings.pitch_steps:
@@ -156,6 +165,28 @@ class FrameGlow(Flow):
         n_voiced = batch.step_mean("voiced frames", lambda b: (b.f0 > 0).sum() / len(b.f0))
         loss = self.conditioner.pitch_loss(batch.mel, batch.f0, n_voiced * len(batch.f0))
         return Loss(loss, {"pitch_loss": loss})
+
+    def training_loss(self, batch: Batch, cond: Condition) -> dict[str, Tensor]:
+        own = super().training_loss(batch, cond)
+        if self.conditioner.noise is not None:
+            own["loudness"] = self._loudness_loss(batch, cond)
+        return own
+
+    def _loudness_loss(self, batch: Batch, cond: Condition) -> Tensor:
+        """How far the noise head is from what a draw at a low sigma lacks, in nepers squared."""
+        shape = batch.share.total, self.channels, batch.mel.shape[2]
+        z = batch.share.of(torch.randn(shape, device=batch.mel.device))
+        # What the head hears is not learnt for it.
+        cond = Condition(cond.features.detach(), cond.mask)
+        scale = self.conditioner.noise_scale(cond, QUIET)
+        with torch.no_grad():
+            draw = self.bijection.inverse(z * scale, cond)[0][:, 0]
+            # Not with `batch.mel`, which has seen what lies around the segment.
+            wanted, found = self.spectrogram(torch.cat([batch.audio, draw])).chunk(2)
+        _, louder = self.conditioner.louder(cond, scale)
+        missing = (wanted - found)[..., : louder.shape[2]] / self.conditioner.mel_power
+        # Outliers, such as a click that no noise makes, count less than by their squares.
+        return LOUDNESS_WEIGHT * F.smooth_l1_loss(louder, missing)
 
 
 class FeatureLayout:
@@ -196,7 +227,6 @@ class FrameConditioner(Conditioner):
 
     band_to_bin: Tensor
     band_to_turn: Tensor | None
-    voiced_noise: Tensor
 
     def __init__(self, layout: FeatureLayout, config: FrameGlowConfig, mel: MelConfig) -> None:
         super().__init__()
@@ -218,10 +248,7 @@ class FrameConditioner(Conditioner):
         self.register_buffer("band_to_bin", _interpolation(mel), persistent=False)
         turn = minimum_phase(mel, bins) if config.minimum_phase else None
         self.register_buffer("band_to_turn", turn, persistent=False)
-        # Of the bins, and of the mel's bands.
-        hertz = np.concatenate([_bin_hz(mel), mel_center_hz(mel)])[:, None]
-        noise = torch.from_numpy(VOICED_NOISE * hertz / (hertz + HALF_NOISE_HZ)).float()
-        self.register_buffer("voiced_noise", noise, persistent=False)
+        self.noise = NoiseShare(width + 1, _places(mel)) if config.noise_share else None
         source = total_context(self.pitch, self.source)
         # In a window that is cut out of an utterance, the F0 of the first frames is not yet right.
         # This is the first frame whose samples all follow an F0 that the cut leaves alone.
@@ -357,16 +384,24 @@ class FrameConditioner(Conditioner):
         What noise loses in energy, the level of its bin makes up for. The mel is raised as much,
         so that the levels that hear it find no more missing than before.
         """
-        [voicing] = self.layout.read(cond.features, "voicing")
-        voicing = voicing.transpose(1, 2)
-        scale = sigma ** (UNVOICED_POWER + (1 - UNVOICED_POWER) * voicing)
-        noise = voicing * self.voiced_noise + (1 - voicing) * UNVOICED_NOISE
-        louder = -0.5 * torch.log1p(noise * (scale.square() - 1))
-        level, mel = louder.split([self.layout.bins, self.layout.n_mels], 1)
-        raised = Condition(
-            self.layout.raised(cond.features, level, self.mel_power * mel), cond.mask
-        )
-        return z * scale, raised
+        scale = self.noise_scale(cond, sigma)
+        if self.noise is None:
+            return z * scale, cond
+        level, mel = self.louder(cond, scale)
+        features = self.layout.raised(cond.features, level, self.mel_power * mel)
+        return z * scale, Condition(features, cond.mask)
+
+    def noise_scale(self, cond: Condition, sigma: float | Tensor) -> Tensor:
+        """Of the noise's amplitude, (B, 1, L)."""
+        voicing = cond.features[:, self.layout.slices["voicing"]]
+        return sigma ** (UNVOICED_POWER + (1 - UNVOICED_POWER) * voicing)
+
+    def louder(self, cond: Condition, scale: Tensor) -> list[Tensor]:
+        """What bins (B, bins, L) and mel bands (B, M, L) lack if noise is scaled, in nepers."""
+        assert self.noise is not None
+        heard = torch.cat(self.layout.read(cond.features, "h", "voicing"), -1)
+        louder = self.noise(heard, scale.transpose(1, 2)).transpose(1, 2)
+        return louder.split([self.layout.bins, self.layout.n_mels], 1)
 
     def pitch_loss(self, mel: Tensor, f0: Tensor, n_voiced: Tensor | None = None) -> Tensor:
         """`PitchHead.loss` for mels (B, M, F) and a tracker's F0 (B, F)."""
@@ -550,6 +585,13 @@ def _zero_linear(n_in: int, n_out: int) -> nn.Linear:
 def _interpolation(mel: MelConfig) -> Tensor:
     """(M, bins): linear interpolation in Hz from the bands' centres to the bins' centres."""
     return torch.from_numpy(band_interpolation(mel, _bin_hz(mel)).astype(np.float32))
+
+
+def _places(mel: MelConfig) -> np.ndarray:
+    """Of the bins, then of the mel's bands, on the mel scale from 0 (lowest) to 1 (highest)."""
+    centers = mel_center_hz(mel)
+    bands = (np.arange(mel.n_mels) + 0.5) / mel.n_mels
+    return np.concatenate([np.interp(_bin_hz(mel), centers, bands), bands])
 
 
 def _bin_hz(mel: MelConfig) -> np.ndarray:

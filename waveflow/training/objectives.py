@@ -231,6 +231,7 @@ def noted_log_derivatives(bijection: nn.Module) -> Iterator[list[Tensor]]:
     summed over channels and have the sign of the direction that is called. Other steps with a
     volume (1x1 convolutions, ActNorm) are left out: their volume does not depend on the signal.
     So it is the same along the paths of speech and of its draws, and cancels in the difference.
+    Calls without gradients are left out too: a model may look at draws of its own in its loss.
     """
     terms: list[Tensor] = []
     modules = bijection.modules()
@@ -263,7 +264,8 @@ class _NotedMap:
         return self._note(*self.map.inverse(z, params))
 
     def _note(self, result: Tensor, log_derivative: Tensor) -> tuple[Tensor, Tensor]:
-        self.terms.append(log_derivative.sum(1))
+        if torch.is_grad_enabled():
+            self.terms.append(log_derivative.sum(1))
         return result, log_derivative
 
 
