@@ -35,7 +35,7 @@ from waveflow.engine.cost import PLAIN_LEVEL, plain_path
 from waveflow.engine.decoder import Precision
 from waveflow.engine.fast.packed import with_packed_linears
 from waveflow.engine.vocoder import Vocoder, VocoderWarning
-from waveflow.errors import ConfigError, WaveflowError
+from waveflow.errors import ConfigError, one_line_errors
 from waveflow.training.machine import cpu_info
 
 PUBLISHED, PLAIN = "published", "plain"
@@ -94,11 +94,8 @@ def run(main: Callable[[], None]) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's log is noise
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", VocoderWarning)
-    try:
+    with one_line_errors():
         main()
-    except WaveflowError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
 
 
 @contextmanager

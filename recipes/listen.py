@@ -9,7 +9,6 @@ every browser plays it, a picture for each clip, and index.html. Needs the extra
 import argparse
 import io
 import shutil
-import sys
 from html import escape
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from PIL import Image
 
 import waveflow
 from waveflow.audio.io import read_audio
-from waveflow.errors import WaveflowError
+from waveflow.errors import one_line_errors
 from waveflow.files import temporary_folder
 from waveflow.metrics.copies import copies
 from waveflow.metrics.quality import FloatArray, pesq_wb
@@ -136,8 +135,5 @@ def figures(vocoder: waveflow.Vocoder, audio: FloatArray, copy: FloatArray) -> s
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except WaveflowError as error:
-        print(f"listen.py: {error}", file=sys.stderr)
-        sys.exit(2)

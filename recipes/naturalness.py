@@ -35,7 +35,7 @@ import waveflow
 from waveflow.audio.io import find_files, read_audio
 from waveflow.data.corpus import select_ids
 from waveflow.engine.options import SynthesisOptions
-from waveflow.errors import WaveflowError
+from waveflow.errors import one_line_errors
 from waveflow.metrics.copies import copies
 from waveflow.metrics.quality import FloatArray, at_rate
 
@@ -72,7 +72,7 @@ def main(
 ) -> None:
     """Print the mean Distill-MOS of the recordings, the model and Griffin-Lim."""
     torch.set_num_threads(1)
-    try:
+    with one_line_errors():
         options = SynthesisOptions(sigma=sigma, seed=seed, refine=refine)
         files = [folder / name for name in find_files(folder, SUFFIXES)[0]]
         files = files if ids is None else select_ids(files, ids)
@@ -87,9 +87,6 @@ def main(
             for name, copy in systems.items():
                 ratings[name].append(rate(network, copy, sample_rate))
             typer.echo(f"{len(ratings[name])} of {len(files)}", err=True)
-    except WaveflowError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(2) from error
     for name, values in ratings.items():
         typer.echo(f"{np.mean(values):5.2f}  {name}  ({len(values)} clips)")
 

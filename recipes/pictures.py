@@ -7,7 +7,6 @@ the model's default refinement, and the copy without refinement; F0 by dio and s
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +20,7 @@ from matplotlib.axes import Axes
 import waveflow
 from waveflow.audio.f0 import track_f0
 from waveflow.audio.io import read_audio
-from waveflow.errors import WaveflowError
+from waveflow.errors import one_line_errors
 from waveflow.files import output_path
 
 SECONDS = 3.0
@@ -82,8 +81,5 @@ def draw(axis: Axes, title: str, samples: np.ndarray, rate: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except WaveflowError as error:
-        print(f"pictures.py: {error}", file=sys.stderr)
-        sys.exit(2)

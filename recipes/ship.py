@@ -8,7 +8,6 @@ The model card, README.md, is written by hand and stays.
 
 import argparse
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from waveflow.audio.dequantise import dequantise
 from waveflow.audio.io import read_audio
 from waveflow.checkpoint import EXAMPLE, load_checkpoint, save_checkpoint
 from waveflow.engine.vocoder import Vocoder
-from waveflow.errors import WaveflowError
+from waveflow.errors import one_line_errors
 
 
 def main() -> None:
@@ -62,9 +61,5 @@ def check_likelihood(vocoder: Vocoder, folder: Path, audio: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with torch.inference_mode():
-            main()
-    except WaveflowError as error:
-        print(f"ship.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    with one_line_errors(), torch.inference_mode():
+        main()

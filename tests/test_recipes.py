@@ -2,6 +2,7 @@
 
 import math
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -242,13 +243,20 @@ def test_a_script_says_in_one_line_what_is_not_there(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # A copy of the checkout, because scripts write into theirs.
+    shutil.copytree(RECIPES, tmp_path / "recipes")
+    page = tmp_path / "docs" / "listen" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.touch()
+    before = sorted(tmp_path.rglob("*"))
     script, *arguments = command.split()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.syspath_prepend(str(tmp_path / "recipes"))
     monkeypatch.setattr("sys.argv", [script, *arguments])
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(RECIPES / script), run_name="__main__")
+        runpy.run_path(str(tmp_path / "recipes" / script), run_name="__main__")
     assert stopped.value.code == 2
-    assert "nowhere" in capsys.readouterr().err.splitlines()[-1]
-    assert not list(tmp_path.iterdir())
-    assert (RECIPES.parent / "docs" / "listen" / "index.html").is_file()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"{Path(script).name}: ") and "nowhere" in last
+    assert sorted(tmp_path.rglob("*")) == before

@@ -22,7 +22,7 @@ import numpy as np
 import waveflow
 from waveflow.audio.io import read_audio, resample, to_int16
 from waveflow.cli.console import show, show_table
-from waveflow.errors import WaveflowError
+from waveflow.errors import one_line_errors
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 RATE = 16000
@@ -122,8 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except WaveflowError as error:
-        print(f"intelligibility.py: {error}", file=sys.stderr)
-        sys.exit(2)
