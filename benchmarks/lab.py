@@ -30,12 +30,13 @@ import waveflow
 from peers import GriffinLim, Vocos
 from sizes import SIZES, SPEECH, write_untrained
 from waveflow.audio.mel import MelConfig
+from waveflow.cli.console import one_line_errors
 from waveflow.cli.options import check_device
 from waveflow.engine.cost import PLAIN_LEVEL, plain_path
 from waveflow.engine.decoder import Precision
 from waveflow.engine.fast.packed import with_packed_linears
 from waveflow.engine.vocoder import Vocoder, VocoderWarning
-from waveflow.errors import ConfigError, one_line_errors
+from waveflow.errors import ConfigError
 from waveflow.training.machine import cpu_info
 
 PUBLISHED, PLAIN = "published", "plain"

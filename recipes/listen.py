@@ -24,7 +24,7 @@ from PIL import Image
 
 import waveflow
 from waveflow.audio.io import read_audio
-from waveflow.errors import one_line_errors
+from waveflow.cli.console import one_line_errors
 from waveflow.files import temporary_folder
 from waveflow.metrics.copies import copies
 from waveflow.metrics.quality import FloatArray, pesq_wb

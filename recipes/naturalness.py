@@ -33,9 +33,9 @@ from torch import nn
 
 import waveflow
 from waveflow.audio.io import find_files, read_audio
+from waveflow.cli.console import one_line_errors
 from waveflow.data.corpus import select_ids
 from waveflow.engine.options import SynthesisOptions
-from waveflow.errors import one_line_errors
 from waveflow.metrics.copies import copies
 from waveflow.metrics.quality import FloatArray, at_rate
 

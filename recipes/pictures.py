@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 import waveflow
 from waveflow.audio.f0 import track_f0
 from waveflow.audio.io import read_audio
-from waveflow.errors import one_line_errors
+from waveflow.cli.console import one_line_errors
 from waveflow.files import output_path
 
 SECONDS = 3.0

@@ -17,8 +17,8 @@ import waveflow
 from waveflow.audio.dequantise import dequantise
 from waveflow.audio.io import read_audio
 from waveflow.checkpoint import EXAMPLE, load_checkpoint, save_checkpoint
+from waveflow.cli.console import one_line_errors
 from waveflow.engine.vocoder import Vocoder
-from waveflow.errors import one_line_errors
 
 
 def main() -> None:

@@ -4,11 +4,6 @@ Every message names the thing, the value and the remedy.
 The command line prints the message and exits with status 2.
 """
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 
 class WaveflowError(Exception):
     """Base of every error that the user's input causes."""
@@ -40,16 +35,6 @@ class DivergedError(WaveflowError):
 
 class ContractError(WaveflowError):
     """A bijection that does not keep its promises (`check_bijection`)."""
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """For the body of a script: a user's mistake is one line on stderr and exit status 2."""
-    try:
-        yield
-    except WaveflowError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def fault(error: Exception) -> str:

@@ -21,8 +21,7 @@ import numpy as np
 
 import waveflow
 from waveflow.audio.io import read_audio, resample, to_int16
-from waveflow.cli.console import show, show_table
-from waveflow.errors import one_line_errors
+from waveflow.cli.console import one_line_errors, show, show_table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 RATE = 16000

@@ -7,9 +7,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from waveflow.errors import fault
+from waveflow.errors import WaveflowError, fault
 from waveflow.processes import ALONE, Group
 
 if TYPE_CHECKING:
@@ -67,6 +68,16 @@ def note(message: str) -> None:
     """Prints a message on stderr, as one line; where that is impossible, it is lost."""
     with suppress(OSError):
         _write(sys.stderr, f"waveflow: {' '.join(message.splitlines())}")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """For the body of a script: a user's mistake is one line on stderr and exit status 2."""
+    try:
+        yield
+    except WaveflowError as error:
+        _write(sys.stderr, f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(2)
 
 
 def show_faults(wanted: bool) -> None:
