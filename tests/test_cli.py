@@ -1263,6 +1263,12 @@ def test_train_says_what_other_weights_were_not_trained_with(
     expected = f"--init {tiny_model} was trained with model.minimum_phase False, not True"
     assert result.status == 0 and result.err.count("was trained with") == 1
     assert expected in result.err
+    # Before the weights are refused.
+    recipe.write_text(RECIPE.replace("n_flows = 1", "n_flows = 1\nnoise_share = true"))
+    result = run("train", recipe, "--out", tmp_path / "c", *args)
+    assert result.status == 2 and not (tmp_path / "c").exists()
+    assert f"--init {tiny_model} was trained with model.noise_share False, not True" in result.err
+    assert "lacks tensor 'conditioner.noise.coefficients.bias'" in result.err.splitlines()[-1]
 
 
 def test_train_errors(

@@ -317,6 +317,9 @@ def test_levels_make_up_for_the_noise_that_a_low_sigma_takes() -> None:
     # What is heard changes it.
     noise.weight[0, :8] = 1.0
     assert louder(0.2, 40.0)["level"].std(2).min() > 1e-3
+    # All of a frame is noise, and none of it is drawn.
+    noise.bias[0] = 1000.0
+    assert louder(0.0, 40.0)["level"].max().item() == pytest.approx(math.log(100) / 2)
     # Files of before say nothing about noise: their levels stay.
     flow = tiny()
     cond = flow.condition(mel)

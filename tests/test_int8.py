@@ -77,6 +77,7 @@ def _frameglow(**sizes: object) -> Flow:
     torch.manual_seed(0)
     mel = MelConfig(sample_rate=22050, n_mels=N_MELS, n_fft=256, win_length=256, hop_length=64)
     config = {"n_levels": 2, "n_flows": 2, "hidden_channels": 32, "encoder_channels": 32}
+    config["noise_share"] = True
     flow = _trained_like(frameglow(FrameGlowConfig(**(config | sizes)), mel))
     for module in flow.modules():
         if isinstance(module, MelLevelNetwork):

@@ -26,6 +26,8 @@ from waveflow.nn.source import HarmonicSource
 pytestmark = pytest.mark.filterwarnings("ignore:.*were clipped")
 
 HOP, BANDS = 16, 8
+# Below 1, where a conditioner makes features anew for its sigma.
+SIGMA = 0.5
 HOP_CENTRED = MelConfig(
     sample_rate=8000, n_fft=64, hop_length=HOP, win_length=64, n_mels=BANDS, f_max=4000.0
 )
@@ -78,7 +80,7 @@ def vocoder(request: pytest.FixtureRequest) -> Vocoder:
 def build(name: str) -> Vocoder:
     """A vocoder with random weights, far from the identity, and quiet enough not to clip."""
     model, mel = MODELS[name]
-    synthesis = SynthesisConfig(refine_steps=2, refine_power=1.3, refine_momentum=0.3)
+    synthesis = SynthesisConfig(sigma=SIGMA, refine_steps=2, refine_power=1.3, refine_momentum=0.3)
     config = ModelConfig(model=model, mel=mel, synthesis=synthesis)
     torch.manual_seed(0)
     flow = build_flow(model, mel)
@@ -97,7 +99,9 @@ def random_mel(n_frames: int, n_items: int = 1) -> Tensor:
 def whole(vocoder: Vocoder, mel: Tensor, steps: int, seed: int = 0) -> Tensor:
     """Audio (T,) of a mel (1, M, F) without windows: the definition."""
     z = vocoder.flow.noise(mel.shape[2], [seed])
-    audio = vocoder.refinement(vocoder.flow.decode(z, mel), mel, steps)
+    audio = vocoder.refinement(
+        vocoder.flow.decode(z, mel, sigma=vocoder.config.synthesis.sigma), mel, steps
+    )
     return audio[0].clamp(-1, 1)
 
 
@@ -129,7 +133,7 @@ def test_the_context_is_that_of_a_change(vocoder: Vocoder, steps: int) -> None:
         zero = (torch.zeros(1, dtype=torch.float64), None) if has_state else None
         state = flow.conditioner.carry(mel, None, zero, middle - left)
         state = None if state is None else ((-state[0], None), None)
-        out = vocoder.refinement(flow.decode(z, mel, None, state), mel, steps)
+        out = vocoder.refinement(flow.decode(z, mel, None, state, SIGMA), mel, steps)
         return out[0, middle * HOP : (middle + 1) * HOP]
 
     def change(first: int, last: int) -> float:
@@ -166,7 +170,7 @@ def test_a_jacobian_agrees(vocoder: Vocoder) -> None:
     z = flow.noise(n_frames, [0]).double().requires_grad_()
     state = (torch.zeros(1, dtype=torch.float64), None)
     state = (state if isinstance(flow.conditioner, FrameConditioner) else state[0], None)
-    audio = flow.decode(z, mel, None, state)
+    audio = flow.decode(z, mel, None, state, SIGMA)
     weights = torch.randn(HOP, generator=torch.Generator().manual_seed(2)).double()
     (audio[0, middle * HOP : (middle + 1) * HOP] * weights).sum().backward()
     assert mel.grad is not None and z.grad is not None
@@ -279,7 +283,7 @@ def test_the_shipped_model_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     mel = shipped_mel(vocoder, 500)
     for n_frames in (1, 2, 3, 77, 500):
         expected = whole(vocoder, mel[None, :, :n_frames], vocoder.refine_steps)
-        audio = vocoder(mel[:, :n_frames], sigma=1.0)
+        audio = vocoder(mel[:, :n_frames])
         assert audio.shape == (256 * n_frames,)
         torch.testing.assert_close(audio, expected, rtol=0, atol=1e-5)
 

@@ -115,11 +115,11 @@ def train(
         cache = TrainingCache(folder)
         with until_sigterm() as stop:
             words = described(cache, init)
+            if main and before is not None:
+                note_other_settings(str(init), before, settings)
             trainer = Trainer(settings, cache, out, device, weights, resume, words)
             if main:
                 logger.setLevel(logging.INFO)
-                if before is not None:
-                    note_other_settings(str(init), before, settings)
             with _training_bar(max_minutes, visible=main) as (report, report_clip):
                 trainer.run(max_minutes, report, stop, report_clip)
     if main:
@@ -193,7 +193,7 @@ def training_data(data: list[Path], own: Path, mel: "MelConfig", resume: bool) -
 def note_other_settings(init: str, before: "ModelConfig", now: "Recipe") -> None:
     """Says where a recipe differs from the model whose weights it starts from.
 
-    Weights of other shapes were refused before. All other settings they take in silence.
+    Weights of other shapes are refused afterwards. All other settings they take in silence.
     """
     for part in ("model", "mel"):
         was, is_now = getattr(before, part).model_dump(), getattr(now, part).model_dump()

@@ -70,9 +70,9 @@ PARTS = ("h", "source", "quadrature", "shift", "level", "mel", "voicing")
 UNVOICED_POWER = 0.22
 # The sigma of the draws that the share of noise is learnt from. It serves all others.
 QUIET = 0.2
-# Of the noise head's loss. Its gradient may not take the norm to which all gradients are clipped;
-# the optimizer's steps are the same for any weight.
-LOUDNESS_WEIGHT = 0.01
+# The weight of the noise head's loss. It is small because all gradients are clipped together, and
+# Adam takes the same steps at any weight. One step of so many computes it: a draw takes time.
+LOUDNESS_WEIGHT, LOUDNESS_EVERY = 0.01, 8
 # exp(-this) is the largest share of a band's energy that even bins are believed to have, because
 # its logarithm has no bound; and half the logarithm of 2, so that a missing half counts as 0.
 LEAST_MISSING = 0.03
@@ -168,15 +168,16 @@ class FrameGlow(Flow):
 
     def training_loss(self, batch: Batch, cond: Condition) -> dict[str, Tensor]:
         own = super().training_loss(batch, cond)
-        if self.conditioner.noise is not None:
+        is_due = (batch.step + 1) % LOUDNESS_EVERY == 0
+        if self.conditioner.noise is not None and is_due:
             own["loudness"] = self._loudness_loss(batch, cond)
         return own
 
     def _loudness_loss(self, batch: Batch, cond: Condition) -> Tensor:
-        """How far the noise head is from what a draw at a low sigma lacks, in nepers squared."""
+        """How far the noise head is from what a draw at a low sigma lacks."""
         shape = batch.share.total, self.channels, batch.mel.shape[2]
         z = batch.share.of(torch.randn(shape, device=batch.mel.device))
-        # What the head hears is not learnt for it.
+        # The head's loss does not train the encoder.
         cond = Condition(cond.features.detach(), cond.mask)
         scale = self.conditioner.noise_scale(cond, QUIET)
         with torch.no_grad():

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 # The share is smooth over the mel scale: so many cosines, from none to 3.5 periods.
 N_COSINES = 8
+# Of the energy: however sure the head is, a draw is raised by 2.3 nepers (20 dB) at most.
+LARGEST_SHARE = 0.99
 
 
 class NoiseShare(nn.Module):
@@ -40,5 +42,5 @@ class NoiseShare(nn.Module):
             condition: (B, L, width).
             scale: of the noise's amplitude, (B, L, 1).
         """
-        share = (self.coefficients(condition) @ self.cosines).sigmoid()
+        share = (self.coefficients(condition) @ self.cosines).sigmoid().clamp_max(LARGEST_SHARE)
         return -0.5 * torch.log1p(share * (scale.square() - 1))
