@@ -18,6 +18,7 @@ from tiny_training import (
     MODELS,
     PLAIN,
     WAVEGLOW,
+    WITH_NOISE_SHARE,
     assert_same,
     copied,
     perturbed,
@@ -487,6 +488,20 @@ def test_rates_by_name(cache: TrainingCache, tmp_path: Path) -> None:
         elif distance > 0:
             assert distance == pytest.approx(factor * rate, rel=1e-2), name
     assert sum(distance > 0 for distance in moved.values()) > 10
+
+
+def test_the_noise_head_alone(cache: TrainingCache, tmp_path: Path) -> None:
+    """Its loss is there in every eighth step; the others train nothing."""
+    rates = {"conditioner": 0.0, "bijection": 0.0, "conditioner.noise": 1.0}
+    settings = recipe(steps=9, rates=rates, warmup_steps=1, **PLAIN)
+    settings = settings.model_copy(update={"model": WITH_NOISE_SHARE})
+    trainer = Trainer(settings, cache, tmp_path / "run")
+    before = {k: v.clone() for k, v in trainer.flow.named_parameters()}
+    norms: list[float] = []
+    trainer.run(report=lambda progress: norms.append(progress.values["gradient_norm"]))
+    assert [norm > 0 for norm in norms] == [False] * 7 + [True, False]
+    moved = {k for k, v in trainer.flow.named_parameters() if not torch.equal(v, before[k])}
+    assert moved == {f"conditioner.noise.coefficients.{name}" for name in ("weight", "bias")}
 
 
 @pytest.mark.parametrize(

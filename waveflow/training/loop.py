@@ -294,7 +294,8 @@ class Trainer:
             # Each draws the random numbers of the whole batch, and takes its own.
             self._seed_noise()
             loss = phase.loss(part)
-            (loss.value * part.share.weight).backward()
+            if loss.value.requires_grad:  # not where `rates` has frozen all that it reaches
+                (loss.value * part.share.weight).backward()
             for name, term in loss.terms.items():
                 values[name] = values.get(name, 0.0) + term.item() * part.share.weight
         sum_gradients(self.flow.parameters())
