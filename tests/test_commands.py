@@ -139,6 +139,8 @@ def recipes() -> None:
     shutil.copytree(ROOT / "recipes", "recipes")
     for name in (
         "ljspeech/frameglow",
+        "ljspeech/frameglow-draws",
+        "ljspeech/frameglow-likelihood",
         "ljspeech/frameglow-small",
         "ljspeech/waveglow",
         "zoo/frameglow",
