@@ -169,7 +169,7 @@ def checkpoints() -> None:
     assert main(["convert", "waveglow_256channels.pt", "-o", "models/waveglow"]) == 0
     for name in ("lj", "cc0", "tuned"):
         assert main(["prepare", "CORPUS", "-o", f"data/{name}", "--workers", "1"]) == 0
-    for name in ("x", "cc0"):
+    for name in ("x", "cc0", "first"):
         assert main(["train", "RECIPE", "--data", "data/lj", "--out", f"runs/{name}"]) == 0
     small = ["--weights", "int8", "--refine", "0"]
     assert main(["export", "runs/x", "-o", "frameglow.onnx", *small]) == 0
