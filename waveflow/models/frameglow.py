@@ -212,11 +212,13 @@ class FeatureLayout:
 
     def raised(self, features: Tensor, level: Tensor, mel: Tensor) -> Tensor:
         """Features with (B, size, L) added to their level and mel."""
-        before = features[:, : self.slices["level"].start]
-        after = features[:, self.slices["mel"].stop :]
-        level = features[:, self.slices["level"]] + level
-        mel = features[:, self.slices["mel"]] + mel
-        return torch.cat([before, level, mel, after], 1)
+        # A frame's features stay side by side in memory, as networks read them.
+        rows = features.transpose(1, 2)
+        before = rows[..., : self.slices["level"].start]
+        after = rows[..., self.slices["mel"].stop :]
+        level = rows[..., self.slices["level"]] + level.transpose(1, 2)
+        mel = rows[..., self.slices["mel"]] + mel.transpose(1, 2)
+        return torch.cat([before, level, mel, after], -1).transpose(1, 2)
 
 
 class FrameConditioner(Conditioner):
