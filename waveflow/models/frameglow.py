@@ -185,9 +185,9 @@ class FrameGlow(Flow):
             # Not with `batch.mel`, which has seen what lies around the segment.
             wanted, found = self.spectrogram(torch.cat([batch.audio, draw])).chunk(2)
         _, louder = self.conditioner.louder(cond, scale)
-        missing = (wanted - found)[..., : louder.shape[2]] / self.conditioner.mel_power
+        missing = (wanted - found)[..., : louder.shape[1]] / self.conditioner.mel_power
         # Outliers, such as a click that no noise makes, count less than by their squares.
-        return LOUDNESS_WEIGHT * F.smooth_l1_loss(louder, missing)
+        return LOUDNESS_WEIGHT * F.smooth_l1_loss(louder.transpose(1, 2), missing)
 
 
 class FeatureLayout:
@@ -211,13 +211,13 @@ class FeatureLayout:
         return [features[:, self.slices[name]].transpose(1, 2) for name in names]
 
     def raised(self, features: Tensor, level: Tensor, mel: Tensor) -> Tensor:
-        """Features with (B, size, L) added to their level and mel."""
+        """Features with (B, L, size) added to their level and mel."""
         # A frame's features stay side by side in memory, as networks read them.
         rows = features.transpose(1, 2)
         before = rows[..., : self.slices["level"].start]
         after = rows[..., self.slices["mel"].stop :]
-        level = rows[..., self.slices["level"]] + level.transpose(1, 2)
-        mel = rows[..., self.slices["mel"]] + mel.transpose(1, 2)
+        level = rows[..., self.slices["level"]] + level
+        mel = rows[..., self.slices["mel"]] + mel
         return torch.cat([before, level, mel, after], -1).transpose(1, 2)
 
 
@@ -400,11 +400,11 @@ class FrameConditioner(Conditioner):
         return sigma ** (UNVOICED_POWER + (1 - UNVOICED_POWER) * voicing)
 
     def louder(self, cond: Condition, scale: Tensor) -> list[Tensor]:
-        """What bins (B, bins, L) and mel bands (B, M, L) lack if noise is scaled, in nepers."""
+        """What bins (B, L, bins) and mel bands (B, L, M) lack if noise is scaled, in nepers."""
         assert self.noise is not None
         heard = torch.cat(self.layout.read(cond.features, "h", "voicing"), -1)
-        louder = self.noise(heard, scale.transpose(1, 2)).transpose(1, 2)
-        return louder.split([self.layout.bins, self.layout.n_mels], 1)
+        louder = self.noise(heard, scale.transpose(1, 2))
+        return louder.split([self.layout.bins, self.layout.n_mels], -1)
 
     def pitch_loss(self, mel: Tensor, f0: Tensor, n_voiced: Tensor | None = None) -> Tensor:
         """`PitchHead.loss` for mels (B, M, F) and a tracker's F0 (B, F)."""
