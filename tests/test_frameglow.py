@@ -13,17 +13,10 @@ from waveflow.audio.mel import MEL_PRESETS, MelConfig, MelSpectrogram
 from waveflow.bijections import InvertibleConv1x1, LappedSqueeze
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
-from waveflow.models.frameglow import (
-    IN_PHASE,
-    UNVOICED_POWER,
-    FeatureLayout,
-    FrameConditioner,
-    FrameGlowConfig,
-    FrameNetwork,
-    LevelNetwork,
-    MelLevelNetwork,
-    frameglow,
-)
+from waveflow.models.frameglow import FrameGlowConfig, frameglow
+from waveflow.models.frameglow.conditioner import IN_PHASE, UNVOICED_POWER, FrameConditioner
+from waveflow.models.frameglow.layout import FeatureLayout
+from waveflow.models.frameglow.networks import FrameNetwork, LevelNetwork, MelLevelNetwork
 from waveflow.models.registry import build_flow
 from waveflow.nn.frame import ConvNeXt, GatedStack
 from waveflow.nn.minimum_phase import minimum_phase, turned
@@ -580,7 +573,7 @@ def test_the_matched_filter_scores_what_the_base_expects(
         seen.append(matched.flatten(1))
         return torch.zeros(*matched.shape[:2], N_OFFSETS)
 
-    monkeypatch.setattr("waveflow.models.frameglow.pulse_scores", scores)
+    monkeypatch.setattr("waveflow.models.frameglow.conditioner.pulse_scores", scores)
     read = conditioner._read(mel, None)
     conditioner._path(audio, read, None, None)
     condition = conditioner(mel)

@@ -27,7 +27,8 @@ from waveflow.engine.fast.int8_graph import WEIGHT_7_BITS, WEIGHT_8_BITS, RowGra
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
 from waveflow.metrics.spectral import signal_to_noise_db
-from waveflow.models.frameglow import FrameGlowConfig, MelLevelNetwork, frameglow
+from waveflow.models.frameglow import FrameGlowConfig, frameglow
+from waveflow.models.frameglow.networks import MelLevelNetwork
 from waveflow.models.waveglow import WaveGlowConfig, waveglow
 from waveflow.nn.frame import GatedLayer, GatedStack
 from waveflow.nn.wavenet import WaveNet

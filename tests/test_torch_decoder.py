@@ -31,7 +31,8 @@ from waveflow.engine.fast.packed import DecodingKit, PackedLinear
 from waveflow.engine.fast.torch_decoder import TorchDecoder, _padded
 from waveflow.errors import ConfigError
 from waveflow.flow import Flow
-from waveflow.models.frameglow import FrameConditioner, FrameGlowConfig
+from waveflow.models.frameglow import FrameGlowConfig
+from waveflow.models.frameglow.conditioner import FrameConditioner
 from waveflow.models.registry import build_flow
 from waveflow.models.waveglow import WaveGlowConfig
 from waveflow.nn.frame import GatedLayer

@@ -18,7 +18,8 @@ from waveflow.engine.streaming import window_context
 from waveflow.engine.vocoder import Vocoder, VocoderWarning, load
 from waveflow.errors import ConfigError, MelMismatchError
 from waveflow.flow import State
-from waveflow.models.frameglow import FrameConditioner, FrameGlowConfig
+from waveflow.models.frameglow import FrameGlowConfig
+from waveflow.models.frameglow.conditioner import FrameConditioner
 from waveflow.models.registry import build_flow
 from waveflow.models.waveglow import WaveGlowConfig
 from waveflow.nn.source import HarmonicSource

@@ -1,6 +1,6 @@
 """From a config to its Flow: models register their config and their builder here.
 
-A model is one file: a config, and a builder that composes bijections and networks.
+A model is a config and a builder that composes bijections and networks: one file, or one folder.
 
     class MyConfig(FlowConfig):
         type: Literal["my-flow"] = "my-flow"
@@ -9,7 +9,7 @@ A model is one file: a config, and a builder that composes bijections and networ
     @register(MyConfig)
     def my_flow(config: MyConfig, mel: MelConfig) -> Flow: ...
 
-Files in this folder are found by themselves. A file of your own registers when it is imported;
+Models in this folder are found by themselves. A file of your own registers when it is imported;
 then its models train, save and load like ours. A config names a type and no code: a checkpoint
 whose type no imported file has registered is refused.
 """
