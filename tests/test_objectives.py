@@ -204,6 +204,16 @@ def test_terms_of_weight_zero_are_left_out() -> None:
     assert "calibration" not in loss_of(flow, batch, calibration_weight=0).terms
 
 
+def test_draws_count_from_their_step_on() -> None:
+    flow, batch = perturbed(), batch_of(*speech(32))
+    before = loss_of(flow, replace(batch, step=4), draws_from=5)
+    assert before.terms.keys() == {"log_likelihood"}
+    torch.testing.assert_close(before.value, -before.terms["log_likelihood"])
+    after = loss_of(flow, replace(batch, step=5), draws_from=5)
+    assert after.terms.keys() == {"log_likelihood", "energy", "calibration"}
+    torch.testing.assert_close(after.value, loss_of(flow, batch).value)
+
+
 def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
     flow, batch = perturbed(), batch_of(*speech(32))
     weights = {"likelihood_weight": 2.0, "energy_weight": 3.0, "calibration_weight": 5.0}

@@ -55,13 +55,14 @@ def parameters(recipe: Recipe) -> int:
 
 
 def small(recipe: Recipe) -> Recipe:
-    """One short item, at most one step for the pitch head, and no bf16: some CPUs emulate it."""
+    """One short item, at most one step for the pitch head, and float32: some CPUs emulate bf16."""
     train = recipe.train.model_copy(
         update={
             "batch_size": 1,
             "segment_frames": 8,
             "accumulate": 1,
             "pitch_steps": min(1, recipe.train.pitch_steps),
+            "draws_from": 0,
             "precision": "float32",
             "recompute": False,
         }
@@ -97,6 +98,14 @@ RECIPE = 'mel = "hifigan"\n[model]\ntype = "frameglow"\n'
         (RECIPE + "[train]\nrecompute = 2", r"train\.recompute.* \(got 2\)"),
         (RECIPE + "[train]\nrecompute = true\nreversible = true", r"train\.reversible: Extra"),
         (RECIPE + "[train]\nlr = 1", r"train\.lr: Extra inputs"),
+        (
+            RECIPE + "[train]\ndraws_from = 5",
+            r"draws_from 5: no draws are trained; give energy_weight or calibration_weight",
+        ),
+        (
+            RECIPE + "[train]\nsteps = 5\ndraws_from = 5\nenergy_weight = 1",
+            r"draws_from 5 is not before the end of the run: give less than steps 5",
+        ),
         (RECIPE + "[train]\nsteps = 0", r"train\.steps: .* greater than 0 \(got 0\)"),
         (RECIPE + "[train]\nlearning_rate = nan", r"train\.learning_rate"),
         (RECIPE + '[train]\nprecision = "int8"', r"train\.precision"),

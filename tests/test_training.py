@@ -721,6 +721,41 @@ def test_a_run_without_progress_stops_and_says_why(
     assert resumed.best == 0.0
 
 
+def test_the_best_checkpoint_has_learnt_from_draws(
+    cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([-1.0, -1.0, -3.0, -2.0])
+
+    def scored(*args: object) -> object:
+        return validate(*args)._replace(log_likelihood=next(scores))
+
+    monkeypatch.setattr(loop, "validate", scored)
+    # The weights after step 4 have not seen a draw: the first step that does is the fifth.
+    settings = recipe(steps=8, draws_from=4, pitch_steps=0, validate_every=2, ema_decay=0.0)
+    trainer = Trainer(settings, cache, tmp_path / "run")
+    energies = []
+    trainer.run(report=lambda progress: energies.append("energy" in progress.values))
+    assert energies == 4 * [False] + 4 * [True]
+    assert (trainer.best, trainer.best_name) == (-2.0, "step-00000008")
+
+
+def test_weights_to_start_from_may_stay_the_best(
+    cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([-1.0, -0.5, -2.0])
+
+    def scored(*args: object) -> object:
+        return validate(*args)._replace(log_likelihood=next(scores))
+
+    settings = recipe(steps=4, draws_from=2, pitch_steps=0, validate_every=2)
+    first = Trainer(settings, cache, tmp_path / "first")
+    monkeypatch.setattr(loop, "validate", scored)
+    weights = {name: t.clone() for name, t in first.flow.state_dict().items()}
+    trainer = Trainer(settings, cache, tmp_path / "run", init=(tmp_path / "first", weights))
+    trainer.run()
+    assert (trainer.best, trainer.best_name) == (-1.0, "step-00000000")
+
+
 # --- steps in parts ---
 
 

@@ -37,6 +37,9 @@ class TrainConfig(BaseModel):
         energy_weight: of the spectral energy distance of two draws; 0 leaves it out.
         calibration_weight: of calibration; 0 leaves it out.
         pitch_steps: first steps, which train only the pitch head. It is frozen afterwards.
+        draws_from: the step from which energy and calibration count. Steps before it are several
+            times as fast, and a flow that is likely already learns to draw in few steps. The best
+            checkpoint is one from after it.
         teacher: name or folder of a trained model, for models that learn from another one. The
             run keeps a copy.
         learning_rate: the peak. The rate rises to it linearly in `warmup_steps`, then falls with
@@ -73,6 +76,7 @@ class TrainConfig(BaseModel):
     energy_weight: Weight = 0.0
     calibration_weight: Weight = 0.0
     pitch_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
+    draws_from: int = Field(default=0, ge=0, le=MOST_STEPS)
     teacher: str = ""
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     rates: dict[str, Weight] = {}
@@ -116,6 +120,20 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"batch_size {self.batch_size} segments of segment_frames {self.segment_frames} "
                 f"are more than the {MOST_FRAMES} frames that a step can have: give fewer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _draws_begin(self) -> Self:
+        if self.draws_from and not (self.energy_weight or self.calibration_weight):
+            raise ValueError(
+                f"draws_from {self.draws_from}: no draws are trained; give energy_weight or "
+                "calibration_weight"
+            )
+        if self.draws_from >= self.steps:
+            raise ValueError(
+                f"draws_from {self.draws_from} is not before the end of the run: give less than "
+                f"steps {self.steps}"
             )
         return self
 

@@ -372,8 +372,10 @@ class Trainer:
             }
         )
         best = -math.inf if self.best is None else self.best
+        draws_from = self.recipe.train.draws_from
         # A model that cannot draw is of no use, however likely it finds speech.
-        if result.log_likelihood > best and math.isfinite(result.draw_log_likelihood):
+        draws = math.isfinite(result.draw_log_likelihood) and not 0 < self.step <= draws_from
+        if result.log_likelihood > best and draws:
             self.best, self.best_name = result.log_likelihood, checkpoint_name(self.step)
         self._save()
         return True

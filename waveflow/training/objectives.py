@@ -159,7 +159,8 @@ class FlowLoss:
         terms = {name: term for name, term in own.items() if name != "nll"}
         if "nll" in own:
             terms = {"log_likelihood": -own["nll"], **terms}
-        if not (config.energy_weight or config.calibration_weight):
+        has_draws = config.energy_weight or config.calibration_weight
+        if not has_draws or batch.step < config.draws_from:
             return Loss(value, terms)
         with autocast, noted_log_derivatives(bijection) as draw_path:
             draws, _ = bijection.inverse(self._noise(batch), cond.repeat(2))
