@@ -721,39 +721,44 @@ def test_a_run_without_progress_stops_and_says_why(
     assert resumed.best == 0.0
 
 
-def test_the_best_checkpoint_has_learnt_from_draws(
+def test_the_best_checkpoint_is_the_last_that_learnt_from_draws(
     cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([-1.0, -1.0, -3.0, -2.0])
+    # Likelihood falls while draws are learnt.
+    scores = iter([-0.5, -1.0, -1.0, -2.0, -3.0])
 
     def scored(*args: object) -> object:
         return validate(*args)._replace(log_likelihood=next(scores))
 
+    # The weights after step 4 have not learnt from a draw: the fifth step is the first that does.
+    settings = recipe(steps=8, draws_from=4, pitch_steps=0, validate_every=2)
+    start = Trainer(settings, cache, tmp_path / "start").flow.state_dict()
+    init = tmp_path / "start", {name: tensor.clone() for name, tensor in start.items()}
     monkeypatch.setattr(loop, "validate", scored)
-    # The weights after step 4 have not seen a draw: the first step that does is the fifth.
-    settings = recipe(steps=8, draws_from=4, pitch_steps=0, validate_every=2, ema_decay=0.0)
-    trainer = Trainer(settings, cache, tmp_path / "run")
-    energies = []
-    trainer.run(report=lambda progress: energies.append("energy" in progress.values))
+    energies: list[bool] = []
+
+    def bests(trainer: Trainer, until: int) -> tuple[float | None, str | None]:
+        trainer.run(
+            report=lambda progress: energies.append("energy" in progress.values),
+            stop=lambda: trainer.step == until,
+        )
+        return trainer.best, trainer.best_name
+
+    trainer = Trainer(settings, cache, tmp_path / "run", init=init)
+    assert bests(trainer, until=5) == (-0.5, "step-00000000")
+    resumed = Trainer(settings, cache, tmp_path / "run", resume=True)
+    assert bests(resumed, until=99) == (-3.0, "step-00000008")
     assert energies == 4 * [False] + 4 * [True]
-    assert (trainer.best, trainer.best_name) == (-2.0, "step-00000008")
 
 
-def test_weights_to_start_from_may_stay_the_best(
-    cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scores = iter([-1.0, -0.5, -2.0])
-
-    def scored(*args: object) -> object:
-        return validate(*args)._replace(log_likelihood=next(scores))
-
-    settings = recipe(steps=4, draws_from=2, pitch_steps=0, validate_every=2)
-    first = Trainer(settings, cache, tmp_path / "first")
-    monkeypatch.setattr(loop, "validate", scored)
-    weights = {name: t.clone() for name, t in first.flow.state_dict().items()}
-    trainer = Trainer(settings, cache, tmp_path / "run", init=(tmp_path / "first", weights))
-    trainer.run()
-    assert (trainer.best, trainer.best_name) == (-1.0, "step-00000000")
+def test_no_checkpoint_before_the_draws_is_the_best(cache: TrainingCache, tmp_path: Path) -> None:
+    settings = recipe(steps=5, draws_from=4, pitch_steps=0, validate_every=2)
+    trainer = Trainer(settings, cache, tmp_path / "run")
+    trainer.run(stop=lambda: trainer.step == 4)
+    assert trainer.best is None
+    resumed = Trainer(settings, cache, tmp_path / "run", resume=True)
+    resumed.run()
+    assert resumed.best_name == "step-00000005"
 
 
 # --- steps in parts ---

@@ -38,8 +38,8 @@ class TrainConfig(BaseModel):
         calibration_weight: of calibration; 0 leaves it out.
         pitch_steps: first steps, which train only the pitch head. It is frozen afterwards.
         draws_from: the step from which energy and calibration count. Steps before it are several
-            times as fast, and a flow that is likely already learns to draw in few steps. The best
-            checkpoint is one from after it.
+            times as fast, and a flow that is likely already learns to draw in few steps. Its
+            likelihood falls meanwhile, so the last validation after it counts as the best one.
         teacher: name or folder of a trained model, for models that learn from another one. The
             run keeps a copy.
         learning_rate: the peak. The rate rises to it linearly in `warmup_steps`, then falls with

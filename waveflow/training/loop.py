@@ -372,10 +372,12 @@ class Trainer:
             }
         )
         best = -math.inf if self.best is None else self.best
-        draws_from = self.recipe.train.draws_from
+        is_best = result.log_likelihood > best
+        if self.step and (draws_from := self.recipe.train.draws_from):
+            # Speech is likeliest before the draws count, and that costs draws their sound.
+            is_best = self.step > draws_from
         # A model that cannot draw is of no use, however likely it finds speech.
-        draws = math.isfinite(result.draw_log_likelihood) and not 0 < self.step <= draws_from
-        if result.log_likelihood > best and draws:
+        if is_best and math.isfinite(result.draw_log_likelihood):
             self.best, self.best_name = result.log_likelihood, checkpoint_name(self.step)
         self._save()
         return True

@@ -66,8 +66,8 @@ class RunState(BaseModel):
         minutes: of training.
         skipped: steps whose loss or gradient was not finite.
         pitch_steps: steps of the model's own first phases; 0 if the run started from weights.
-        best: highest validation log-likelihood.
-        best_name: the checkpoint that has it.
+        best: validation log-likelihood of the best checkpoint.
+        best_name: that checkpoint.
         audio_sha256, mel_sha256: hashes of the data; the latter if mels were given.
     """
 
