@@ -139,8 +139,6 @@ def recipes() -> None:
     shutil.copytree(ROOT / "recipes", "recipes")
     for name in (
         "ljspeech/frameglow",
-        "ljspeech/frameglow-draws",
-        "ljspeech/frameglow-likelihood",
         "ljspeech/frameglow-small",
         "ljspeech/waveglow",
         "zoo/frameglow",
@@ -169,7 +167,7 @@ def checkpoints() -> None:
     assert main(["convert", "waveglow_256channels.pt", "-o", "models/waveglow"]) == 0
     for name in ("lj", "cc0", "tuned"):
         assert main(["prepare", "CORPUS", "-o", f"data/{name}", "--workers", "1"]) == 0
-    for name in ("x", "cc0", "first"):
+    for name in ("x", "cc0"):
         assert main(["train", "RECIPE", "--data", "data/lj", "--out", f"runs/{name}"]) == 0
     small = ["--weights", "int8", "--refine", "0"]
     assert main(["export", "runs/x", "-o", "frameglow.onnx", *small]) == 0
