@@ -204,14 +204,18 @@ def test_terms_of_weight_zero_are_left_out() -> None:
     assert "calibration" not in loss_of(flow, batch, calibration_weight=0).terms
 
 
-def test_draws_count_from_their_step_on() -> None:
+def test_likelihood_alone_comes_before_the_draws() -> None:
     flow, batch = perturbed(), batch_of(*speech(32))
-    before = loss_of(flow, replace(batch, step=4), draws_from=5)
-    assert before.terms.keys() == {"log_likelihood"}
-    torch.testing.assert_close(before.value, -before.terms["log_likelihood"])
-    after = loss_of(flow, replace(batch, step=5), draws_from=5)
-    assert after.terms.keys() == {"log_likelihood", "energy", "calibration"}
-    torch.testing.assert_close(after.value, loss_of(flow, batch).value)
+    settings = recipe(pitch_steps=2, likelihood_steps=3)
+    pitch, alone, whole = phases(flow, settings, CPU)
+    assert (pitch.whole, alone.whole, whole.whole) == (False, True, True)
+    assert alone.steps == 3
+    plain = loss_of(flow, batch, energy_weight=0, calibration_weight=0)
+    torch.manual_seed(0)
+    value, terms = alone.loss(batch)
+    assert terms.keys() == {"log_likelihood"}
+    torch.testing.assert_close(value, plain.value)
+    assert whole.loss(batch).terms.keys() == {"log_likelihood", "energy", "calibration"}
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:

@@ -62,7 +62,7 @@ def small(recipe: Recipe) -> Recipe:
             "segment_frames": 8,
             "accumulate": 1,
             "pitch_steps": min(1, recipe.train.pitch_steps),
-            "draws_from": 0,
+            "likelihood_steps": 0,
             "precision": "float32",
             "recompute": False,
         }
@@ -86,6 +86,7 @@ def test_the_shipped_models_recipe() -> None:
     read = read_recipe(RECIPES / "ljspeech" / "frameglow.toml")
     assert read.mel == MEL_PRESETS["hifigan"]
     assert min(read.train.energy_weight, read.train.calibration_weight) > 0
+    assert read.train.likelihood_steps > 0
 
 
 RECIPE = 'mel = "hifigan"\n[model]\ntype = "frameglow"\n'
@@ -99,12 +100,12 @@ RECIPE = 'mel = "hifigan"\n[model]\ntype = "frameglow"\n'
         (RECIPE + "[train]\nrecompute = true\nreversible = true", r"train\.reversible: Extra"),
         (RECIPE + "[train]\nlr = 1", r"train\.lr: Extra inputs"),
         (
-            RECIPE + "[train]\ndraws_from = 5",
-            r"draws_from 5: no draws are trained; give energy_weight or calibration_weight",
+            RECIPE + "[train]\nlikelihood_steps = 5",
+            r"likelihood_steps 5: all steps train by likelihood alone; leave it out, or give ",
         ),
         (
-            RECIPE + "[train]\nsteps = 5\ndraws_from = 5\nenergy_weight = 1",
-            r"draws_from 5 is not before the end of the run: give less than steps 5",
+            RECIPE + "[train]\nlikelihood_steps = 5\nlikelihood_weight = 0\nenergy_weight = 1",
+            r"likelihood_steps 5: likelihood_weight is 0",
         ),
         (RECIPE + "[train]\nsteps = 0", r"train\.steps: .* greater than 0 \(got 0\)"),
         (RECIPE + "[train]\nlearning_rate = nan", r"train\.learning_rate"),

@@ -46,7 +46,7 @@ from waveflow.objective import Batch, Loss, Share
 from waveflow.training import loop
 from waveflow.training.config import Recipe, read_recipe
 from waveflow.training.loop import Progress, Trainer
-from waveflow.training.optimizer import update_average
+from waveflow.training.optimizer import learning_rate, update_average
 from waveflow.training.run_folder import (
     RUN_RECORD,
     STATE,
@@ -275,6 +275,24 @@ def test_the_report_of_a_step(
     seconds = 2 * 32 * HOP / MEL.sample_rate
     for progress in seen:
         assert progress.audio_seconds_per_second == pytest.approx(seconds / 120)
+
+
+def test_steps_of_a_new_phase_take_their_own_time(
+    cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock on which two steps take 10 s each and the others two minutes."""
+    settings = recipe(steps=5, pitch_steps=1, likelihood_steps=1)
+    trainer = Trainer(settings, cache, tmp_path / "run")
+
+    def clock() -> float:
+        return 100.0 + 10 * min(trainer.step, 2) + 120 * max(trainer.step - 2, 0)
+
+    monkeypatch.setattr(loop.time, "monotonic", clock)
+    seen: list[Progress] = []
+    trainer.run(report=seen.append)
+    found = [60 * progress.minutes_left for progress in seen]
+    assert found == pytest.approx([40, 30, 240, 120, 0])
+    assert [progress.phase for progress in seen] == ["pitch head", "likelihood", "", "", ""]
 
 
 def test_the_recipe_reaches_the_batch(cache: TrainingCache, tmp_path: Path) -> None:
@@ -721,20 +739,17 @@ def test_a_run_without_progress_stops_and_says_why(
     assert resumed.best == 0.0
 
 
-def test_the_best_checkpoint_is_the_last_that_learnt_from_draws(
+def test_the_best_checkpoint_has_learnt_from_draws(
     cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Likelihood falls while draws are learnt.
-    scores = iter([-0.5, -1.0, -1.0, -2.0, -3.0])
+    scores = iter([-3.0, -1.0, -2.0, -4.0, -3.5])
 
     def scored(*args: object) -> object:
         return validate(*args)._replace(log_likelihood=next(scores))
 
-    # The weights after step 4 have not learnt from a draw: the fifth step is the first that does.
-    settings = recipe(steps=8, draws_from=4, pitch_steps=0, validate_every=2)
-    start = Trainer(settings, cache, tmp_path / "start").flow.state_dict()
-    init = tmp_path / "start", {name: tensor.clone() for name, tensor in start.items()}
     monkeypatch.setattr(loop, "validate", scored)
+    settings = recipe(steps=10, pitch_steps=1, likelihood_steps=5, validate_every=2, patience=1)
     energies: list[bool] = []
 
     def bests(trainer: Trainer, until: int) -> tuple[float | None, str | None]:
@@ -744,21 +759,49 @@ def test_the_best_checkpoint_is_the_last_that_learnt_from_draws(
         )
         return trainer.best, trainer.best_name
 
-    trainer = Trainer(settings, cache, tmp_path / "run", init=init)
-    assert bests(trainer, until=5) == (-0.5, "step-00000000")
-    resumed = Trainer(settings, cache, tmp_path / "run", resume=True)
-    assert bests(resumed, until=99) == (-3.0, "step-00000008")
-    assert energies == 4 * [False] + 4 * [True]
-
-
-def test_no_checkpoint_before_the_draws_is_the_best(cache: TrainingCache, tmp_path: Path) -> None:
-    settings = recipe(steps=5, draws_from=4, pitch_steps=0, validate_every=2)
     trainer = Trainer(settings, cache, tmp_path / "run")
-    trainer.run(stop=lambda: trainer.step == 4)
-    assert trainer.best is None
+    assert bests(trainer, until=7) == (None, None)
+    assert energies == 6 * [False] + [True]
     resumed = Trainer(settings, cache, tmp_path / "run", resume=True)
-    resumed.run()
-    assert resumed.best_name == "step-00000005"
+    assert bests(resumed, until=99) == (-3.5, "step-00000010")
+    assert energies == 6 * [False] + 4 * [True]
+
+
+def test_likelihood_alone_goes_on_without_patience(
+    cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([-1.0, -2.0, -3.0])
+    monkeypatch.setattr(
+        loop, "validate", lambda *args: validate(*args)._replace(log_likelihood=next(scores))
+    )
+    settings = recipe(steps=8, pitch_steps=0, likelihood_steps=7, validate_every=2, patience=1)
+    trainer = Trainer(settings, cache, tmp_path / "run")
+    trainer.run(stop=lambda: trainer.step == 7)
+    assert (trainer.step, trainer.best_name) == (7, "step-00000002")
+
+
+@pytest.mark.parametrize("first_steps", [0, 3])
+def test_a_first_phase_of_the_whole_flow_can_speak(
+    cache: TrainingCache, tmp_path: Path, first_steps: int
+) -> None:
+    settings = recipe(steps=9, pitch_steps=2, likelihood_steps=first_steps)
+    trainer = Trainer(settings, cache, tmp_path / "run")
+    # The rate goes on over the phases of the whole flow: it does not warm up twice.
+    assert trainer._rate(5) == pytest.approx(learning_rate(settings.train, 3, 4.0, 0.0))
+    trainer.run(stop=lambda: trainer.step == 4)
+    config, _ = load_checkpoint(tmp_path / "run")
+    assert config.provenance.phase == ""
+
+
+def test_weights_to_start_from_have_had_the_first_phases(
+    cache: TrainingCache, tmp_path: Path
+) -> None:
+    settings = recipe(steps=2, pitch_steps=2, likelihood_steps=2)
+    flow = Trainer(settings, cache, tmp_path / "start").flow
+    init = tmp_path / "start", {name: t.clone() for name, t in flow.state_dict().items()}
+    seen: list[Progress] = []
+    Trainer(settings, cache, tmp_path / "run", init=init).run(report=seen.append)
+    assert all("energy" in progress.values and not progress.phase for progress in seen)
 
 
 # --- steps in parts ---

@@ -121,9 +121,12 @@ class Phase(NamedTuple):
         steps: how many; math.inf for all that follow.
         loss: of a batch. Parameters that it gives no gradient stay as they are.
         score: what validation measures instead of the likelihood of speech; of a phase without end.
+        whole: whether it trains the whole flow, as a phase without end does, and not a part of it
+            that is frozen afterwards.
     """
 
     name: str
     steps: float
     loss: Callable[[Batch], Loss]
     score: ScoreOf | None = None
+    whole: bool = False

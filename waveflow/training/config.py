@@ -37,15 +37,15 @@ class TrainConfig(BaseModel):
         energy_weight: of the spectral energy distance of two draws; 0 leaves it out.
         calibration_weight: of calibration; 0 leaves it out.
         pitch_steps: first steps, which train only the pitch head. It is frozen afterwards.
-        draws_from: the step from which energy and calibration count. Steps before it are several
-            times as fast, and a flow that is likely already learns to draw in few steps. Its
-            likelihood falls meanwhile, so the last validation after it counts as the best one.
+        likelihood_steps: the next steps, which train the flow by likelihood alone, without energy
+            and calibration. They are several times as fast, and a flow that is likely already
+            learns to draw in few steps.
         teacher: name or folder of a trained model, for models that learn from another one. The
             run keeps a copy.
         learning_rate: the peak. The rate rises to it linearly in `warmup_steps`, then falls with
             1 / sqrt(1 + step / decay_steps), which does not need to know the end of the run.
         cooldown_steps: the last ones of `steps`, in which the rate falls to zero; 0: none. The
-            second half of a first phase (`pitch_steps`) always ends at zero.
+            second half of `pitch_steps` always ends at zero.
         rates: factors of the learning rate by the beginning of a parameter's name. The longest
             name that fits counts; 0 freezes. For fine-tuning:
             `{conditioner = 0.1, "bijection.steps.2" = 0}`.
@@ -76,7 +76,7 @@ class TrainConfig(BaseModel):
     energy_weight: Weight = 0.0
     calibration_weight: Weight = 0.0
     pitch_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
-    draws_from: int = Field(default=0, ge=0, le=MOST_STEPS)
+    likelihood_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
     teacher: str = ""
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     rates: dict[str, Weight] = {}
@@ -124,17 +124,15 @@ class TrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _draws_begin(self) -> Self:
-        if self.draws_from and not (self.energy_weight or self.calibration_weight):
+    def _likelihood_is_followed(self) -> Self:
+        n_steps = self.likelihood_steps
+        if n_steps and not (self.energy_weight or self.calibration_weight):
             raise ValueError(
-                f"draws_from {self.draws_from}: no draws are trained; give energy_weight or "
-                "calibration_weight"
+                f"likelihood_steps {n_steps}: all steps train by likelihood alone; leave it out, "
+                "or give energy_weight or calibration_weight"
             )
-        if self.draws_from >= self.steps:
-            raise ValueError(
-                f"draws_from {self.draws_from} is not before the end of the run: give less than "
-                f"steps {self.steps}"
-            )
+        if n_steps and not self.likelihood_weight:
+            raise ValueError(f"likelihood_steps {n_steps}: likelihood_weight is 0")
         return self
 
     @model_validator(mode="after")

@@ -71,7 +71,7 @@ class Progress(NamedTuple):
         audio_seconds_per_second: audio trained on for each second of the clock.
         minutes_left: an estimate.
         limit: what will end the run: "steps" or "minutes".
-        phase: name of the model's own first phase that this step belongs to; "" after those.
+        phase: name of the first phase that this step belongs to; "" in the last one.
         phase_step, phase_steps: steps done and in all, of that phase, or else of the run.
     """
 
@@ -198,19 +198,27 @@ class Trainer:
             if first == 0:
                 self.before = self.best
             save = due = False
+            pace_from = first, begin
             while not stopped and self.step < config.steps and not self._out_of_patience():
+                if self._phase(self.step)[1] == self.step:  # steps of a phase take their own time
+                    pace_from = self.step, time.monotonic()
+                if self.step == self.first_steps > 0:
+                    # Likelihood falls while draws are learnt: what came before does not compete.
+                    self.best = self.best_name = None
                 values = self._train_step()
                 self.step += 1
-                elapsed = max(time.monotonic() - begin, 1e-9) / 60  # clocks can be coarse
+                now = time.monotonic()
+                elapsed = max(now - begin, 1e-9) / 60  # clocks can be coarse
                 self.minutes = minutes_before + elapsed
-                report(self._progress(values, self.step - first, elapsed, max_minutes))
+                pace = max(now - pace_from[1], 1e-9) / 60 / (self.step - pace_from[0])
+                report(self._progress(values, pace, max_minutes - elapsed))
                 if log is not None and self.step % LOG_EVERY == 0:
                     log.add("train", self.step, self.minutes, values | self._pace())
                 late, stopped = in_any(elapsed >= max_minutes, stop())
                 last = late or self.step == config.steps
                 self._check_skipped(ends=last or stopped)
                 save = save or last or stopped or self.step % config.checkpoint_every == 0
-                if self.step >= self.first_steps:
+                if self.step >= self.part_steps:
                     due = due or last or self.step % config.validate_every == 0
                 if self.skipped_in_row and not (last or stopped):
                     continue  # nothing is saved until a step shows that the weights are good
@@ -257,10 +265,11 @@ class Trainer:
         """The learning rate of a step."""
         config = self.recipe.train
         phase, begin = self._phase(step)
-        if math.isinf(phase.steps):
+        if phase.whole:
+            begin = self.part_steps
             steps_left, cooldown = float(config.steps - step), float(config.cooldown_steps)
         else:
-            # What a first phase trains is frozen afterwards, so it ends at zero.
+            # What it trains is frozen afterwards, so it ends at zero.
             steps_left, cooldown = begin + phase.steps - step, phase.steps / 2
         return learning_rate(config, step - begin, steps_left, cooldown)
 
@@ -277,6 +286,11 @@ class Trainer:
     def first_steps(self) -> int:
         """Number of steps in the phases before the last one."""
         return sum(int(phase.steps) for phase in self.phases[:-1])
+
+    @property
+    def part_steps(self) -> int:
+        """Number of steps in the phases that train only a part of the flow; they come first."""
+        return sum(int(phase.steps) for phase in self.phases if not phase.whole)
 
     def _gradients(self, phase: Phase) -> dict[str, float]:
         """Leaves the gradients of a phase's loss of the whole batch; returns the loss's terms."""
@@ -323,7 +337,7 @@ class Trainer:
         due = self.step % config.validate_every == 0 or self.step == config.steps
         source = self.provenance
         is_new = source.steps == self.step and source.log_likelihood is None
-        return self._has_weights and due and is_new and self.step >= self.first_steps
+        return self._has_weights and due and is_new and self.step >= self.part_steps
 
     def _validate(
         self,
@@ -372,12 +386,8 @@ class Trainer:
             }
         )
         best = -math.inf if self.best is None else self.best
-        is_best = result.log_likelihood > best
-        if self.step and (draws_from := self.recipe.train.draws_from):
-            # Speech is likeliest before the draws count, and that costs draws their sound.
-            is_best = self.step > draws_from
         # A model that cannot draw is of no use, however likely it finds speech.
-        if is_best and math.isfinite(result.draw_log_likelihood):
+        if result.log_likelihood > best and math.isfinite(result.draw_log_likelihood):
             self.best, self.best_name = result.log_likelihood, checkpoint_name(self.step)
         self._save()
         return True
@@ -405,9 +415,9 @@ class Trainer:
         )
 
     def _out_of_patience(self) -> bool:
-        """Whether the last `patience` validations have brought nothing better."""
+        """Whether the last `patience` validations of the last phase have brought nothing better."""
         config = self.recipe.train
-        if not config.patience or self.best_name is None:
+        if not config.patience or self.best_name is None or self.step <= self.first_steps:
             return False
         best_step = int(self.best_name.removeprefix("step-"))
         since = self.step // config.validate_every - best_step // config.validate_every
@@ -421,7 +431,7 @@ class Trainer:
             DivergedError: weights or moments are not finite.
         """
         phase, _ = self._phase(max(self.step - 1, 0))
-        update: dict[str, Any] = {"phase": "" if phase is self.phases[-1] else phase.name}
+        update: dict[str, Any] = {"phase": "" if phase.whole else phase.name}
         if self.provenance.steps != self.step:
             # The figures are those of other weights.
             update |= {"log_likelihood": None, "draw_log_likelihood": None}
@@ -488,20 +498,17 @@ class Trainer:
             "skipped": self.skipped,
         }
 
-    def _progress(
-        self, values: dict[str, float], done: int, elapsed: float, max_minutes: float
-    ) -> Progress:
-        """The report after `done` steps of this call, which took `elapsed` minutes."""
+    def _progress(self, values: dict[str, float], pace: float, to_minutes: float) -> Progress:
+        """The report after a step; steps take `pace` minutes, and `to_minutes` are left."""
         config, mel = self.recipe.train, self.recipe.mel
         seconds = config.batch_size * config.segment_frames * mel.hop_length / mel.sample_rate
-        to_steps = elapsed / done * (config.steps - self.step)
-        to_minutes = max_minutes - elapsed
+        to_steps = pace * (config.steps - self.step)
         phase, begin = self._phase(self.step - 1)
         is_first = phase is not self.phases[-1]
         return Progress(
             step=self.step,
             values=values,
-            audio_seconds_per_second=done * seconds / (elapsed * 60),
+            audio_seconds_per_second=seconds / (pace * 60),
             minutes_left=min(to_steps, to_minutes),
             limit="steps" if to_steps <= to_minutes else "minutes",
             phase=phase.name if is_first else "",

@@ -27,7 +27,7 @@ N_FILTERS, FILTER_SIZE, SLICES_WEIGHT = 8, 5, 4.0
 def phases(
     flow: Flow, recipe: Recipe, device: torch.device, teacher: Flow | None = None
 ) -> list[Phase]:
-    """The phases of a run: the first ones of the model, then one without end for all of the flow.
+    """The phases of a run: the model's own first ones, likelihood alone, one without end.
 
     Args:
         teacher: the model that the recipe names, on the device, with frozen weights.
@@ -56,8 +56,12 @@ def phases(
                     f"{name} {value:g}: {recipe.model.type} has a loss of its own, without this "
                     "term; leave it out"
                 )
-        return first
-    return [*first, Phase("flow", math.inf, FlowLoss(flow, recipe, device))]
+        return [phase._replace(whole=math.isinf(phase.steps)) for phase in first]
+    if config.likelihood_steps:
+        alone = config.model_copy(update={"energy_weight": 0.0, "calibration_weight": 0.0})
+        loss = FlowLoss(flow, recipe.model_copy(update={"train": alone}), device)
+        first.append(Phase("likelihood", config.likelihood_steps, loss, whole=True))
+    return [*first, Phase("flow", math.inf, FlowLoss(flow, recipe, device), whole=True)]
 
 
 class SpectralDistance(nn.Module):
@@ -159,8 +163,7 @@ class FlowLoss:
         terms = {name: term for name, term in own.items() if name != "nll"}
         if "nll" in own:
             terms = {"log_likelihood": -own["nll"], **terms}
-        has_draws = config.energy_weight or config.calibration_weight
-        if not has_draws or batch.step < config.draws_from:
+        if not (config.energy_weight or config.calibration_weight):
             return Loss(value, terms)
         with autocast, noted_log_derivatives(bijection) as draw_path:
             draws, _ = bijection.inverse(self._noise(batch), cond.repeat(2))

@@ -65,9 +65,9 @@ class RunState(BaseModel):
         step: steps done.
         minutes: of training.
         skipped: steps whose loss or gradient was not finite.
-        pitch_steps: steps of the model's own first phases; 0 if the run started from weights.
-        best: validation log-likelihood of the best checkpoint.
-        best_name: that checkpoint.
+        pitch_steps: steps of the phases before the last; 0 if the run started from weights.
+        best: highest validation log-likelihood.
+        best_name: the checkpoint that has it.
         audio_sha256, mel_sha256: hashes of the data; the latter if mels were given.
     """
 
