@@ -538,6 +538,11 @@ REPORT = Progress(323, {"pitch_loss": 1.25}, 41.2, 61.5, "minutes", "pitch head"
             "step 3400 of 200000",
             "log p 4.500, 41.2 s of audio a second, 1 min to the last step",
         ),
+        (
+            REPORT._replace(minutes_left=0.2, limit="steps"),
+            "pitch head, step 323 of 3000",
+            "pitch loss 1.250, 41.2 s of audio a second, 1 min to the end of this phase",
+        ),
     ],
 )
 def test_the_words_of_a_report(report: Progress, where: str, values: str) -> None:

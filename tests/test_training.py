@@ -280,19 +280,20 @@ def test_the_report_of_a_step(
 def test_steps_of_a_new_phase_take_their_own_time(
     cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a clock on which two steps take 10 s each and the others two minutes."""
-    settings = recipe(steps=5, pitch_steps=1, likelihood_steps=1)
+    """With a clock on which four steps take 10 s each and the others two minutes."""
+    settings = recipe(steps=7, pitch_steps=2, likelihood_steps=2)
     trainer = Trainer(settings, cache, tmp_path / "run")
 
     def clock() -> float:
-        return 100.0 + 10 * min(trainer.step, 2) + 120 * max(trainer.step - 2, 0)
+        return 100.0 + 10 * min(trainer.step, 4) + 120 * max(trainer.step - 4, 0)
 
     monkeypatch.setattr(loop.time, "monotonic", clock)
     seen: list[Progress] = []
     trainer.run(report=seen.append)
     found = [60 * progress.minutes_left for progress in seen]
-    assert found == pytest.approx([40, 30, 240, 120, 0])
-    assert [progress.phase for progress in seen] == ["pitch head", "likelihood", "", "", ""]
+    assert found == pytest.approx([10, 0, 10, 0, 240, 120, 0])
+    names = [progress.phase for progress in seen]
+    assert names == ["pitch head", "pitch head", "likelihood", "likelihood", "", "", ""]
 
 
 def test_the_recipe_reaches_the_batch(cache: TrainingCache, tmp_path: Path) -> None:

@@ -264,6 +264,8 @@ def _values(report: "Progress", max_minutes: float) -> str:
     name = {"log_likelihood": "log p"}.get(name, name.replace("_", " "))
     speed = f"{report.audio_seconds_per_second:.3g} s of audio a second"
     limit = "the last step" if report.limit == "steps" else f"--max-minutes {max_minutes:g}"
+    if report.phase and report.limit == "steps":
+        limit = "the end of this phase"
     hours, minutes = divmod(max(0, math.ceil(report.minutes_left)), 60)
     left = f"{hours} h {minutes} min" if hours else f"{minutes} min"
     return f"{name} {first:.3f}, {speed}, {left} to {limit}"

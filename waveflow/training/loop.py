@@ -69,8 +69,8 @@ class Progress(NamedTuple):
         step: steps done.
         values: by name, the terms that this step trained and the norm of the gradient.
         audio_seconds_per_second: audio trained on for each second of the clock.
-        minutes_left: an estimate.
-        limit: what will end the run: "steps" or "minutes".
+        minutes_left: an estimate, to the end of a first phase or of the run.
+        limit: what comes then: the last of the "steps", or that of the "minutes".
         phase: name of the first phase that this step belongs to; "" in the last one.
         phase_step, phase_steps: steps done and in all, of that phase, or else of the run.
     """
@@ -502,9 +502,11 @@ class Trainer:
         """The report after a step; steps take `pace` minutes, and `to_minutes` are left."""
         config, mel = self.recipe.train, self.recipe.mel
         seconds = config.batch_size * config.segment_frames * mel.hop_length / mel.sample_rate
-        to_steps = pace * (config.steps - self.step)
         phase, begin = self._phase(self.step - 1)
         is_first = phase is not self.phases[-1]
+        phase_step = self.step - begin if is_first else self.step
+        phase_steps = int(min(phase.steps, config.steps - begin)) if is_first else config.steps
+        to_steps = pace * (phase_steps - phase_step)
         return Progress(
             step=self.step,
             values=values,
@@ -512,6 +514,6 @@ class Trainer:
             minutes_left=min(to_steps, to_minutes),
             limit="steps" if to_steps <= to_minutes else "minutes",
             phase=phase.name if is_first else "",
-            phase_step=self.step - begin if is_first else self.step,
-            phase_steps=int(min(phase.steps, config.steps - begin)) if is_first else config.steps,
+            phase_step=phase_step,
+            phase_steps=phase_steps,
         )
