@@ -706,18 +706,23 @@ def test_the_record_names_the_initial_weights_and_is_written_once(
 # --- knowing when to stop ---
 
 
+def score_validations(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
+    """Lets each validation find the next of these log-likelihoods."""
+    left = iter(scores)
+
+    def scored(*args: object) -> object:
+        return validate(*args)._replace(log_likelihood=next(left))
+
+    monkeypatch.setattr(loop, "validate", scored)
+
+
 def test_a_run_without_progress_stops_and_says_why(
     cache: TrainingCache,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    scores = iter([-3.0, -2.0, -2.5, -1.0, -1.5, -1.2, -1.1, 0.0])
-
-    def scored(*args: object) -> object:
-        return validate(*args)._replace(log_likelihood=next(scores))
-
-    monkeypatch.setattr(loop, "validate", scored)
+    score_validations(monkeypatch, -3.0, -2.0, -2.5, -1.0, -1.5, -1.2, -1.1, 0.0)
     patient = recipe(steps=100, validate_every=2, checkpoint_every=50, patience=3, **PLAIN)
     trainer = Trainer(patient, cache, tmp_path / "run")
     with caplog.at_level(logging.INFO, "waveflow"):
@@ -744,12 +749,7 @@ def test_the_best_checkpoint_has_learnt_from_draws(
     cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Likelihood falls while draws are learnt.
-    scores = iter([-3.0, -1.0, -2.0, -4.0, -3.5])
-
-    def scored(*args: object) -> object:
-        return validate(*args)._replace(log_likelihood=next(scores))
-
-    monkeypatch.setattr(loop, "validate", scored)
+    score_validations(monkeypatch, -3.0, -1.0, -2.0, -4.0, -3.5)
     settings = recipe(steps=10, pitch_steps=1, likelihood_steps=5, validate_every=2, patience=1)
     energies: list[bool] = []
 
@@ -771,10 +771,7 @@ def test_the_best_checkpoint_has_learnt_from_draws(
 def test_likelihood_alone_goes_on_without_patience(
     cache: TrainingCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([-1.0, -2.0, -3.0])
-    monkeypatch.setattr(
-        loop, "validate", lambda *args: validate(*args)._replace(log_likelihood=next(scores))
-    )
+    score_validations(monkeypatch, -1.0, -2.0, -3.0)
     settings = recipe(steps=8, pitch_steps=0, likelihood_steps=7, validate_every=2, patience=1)
     trainer = Trainer(settings, cache, tmp_path / "run")
     trainer.run(stop=lambda: trainer.step == 7)

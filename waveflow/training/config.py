@@ -132,7 +132,10 @@ class TrainConfig(BaseModel):
                 "or give energy_weight or calibration_weight"
             )
         if n_steps and not self.likelihood_weight:
-            raise ValueError(f"likelihood_steps {n_steps}: likelihood_weight is 0")
+            raise ValueError(
+                f"likelihood_steps {n_steps}: likelihood_weight is 0, so they train nothing; "
+                "give it a weight, or leave likelihood_steps out"
+            )
         return self
 
     @model_validator(mode="after")
